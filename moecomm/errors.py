@@ -1,0 +1,89 @@
+"""The exceptions of moecomm: one tree, each class one kind of cause."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MoECommError(Exception):
+    """Base of every error that moecomm raises on purpose.
+
+    Args:
+        what: what failed, one clause.
+        got: the offending value, if there is one.
+        expected: what would have been accepted.
+        remedy: what the caller can do about it.
+        rank: the rank that raises, inside its group.
+        operation: the operation that failed, such as "dispatch".
+        seq: sequence number of that operation on this buffer.
+        peers: the ranks that caused it.
+
+    >>> raise ConfigError("top_k does not fit", got=9, expected="at most 8", remedy="lower top_k", rank=0)
+    Traceback (most recent call last):
+    ...
+    moecomm.errors.ConfigError: rank 0: top_k does not fit: got 9; expected at most 8; lower top_k
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+        rank: int | None = None,
+        operation: str | None = None,
+        seq: int | None = None,
+        peers: Sequence[int] = (),
+    ) -> None:
+        self.what, self.got, self.expected, self.remedy = what, got, expected, remedy
+        self.rank, self.operation, self.seq, self.peers = rank, operation, seq, tuple(peers)
+        prefix = "" if rank is None else f"rank {rank}: "
+        if operation is not None:
+            prefix += operation + ("" if seq is None else f" #{seq}") + ": "
+        facts = [f"got {got}"] if got is not None else []
+        facts += [f"expected {expected}"] if expected is not None else []
+        facts += [remedy] if remedy is not None else []
+        super().__init__(prefix + what + (": " + "; ".join(facts) if facts else ""))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.__dict__, self.args)
+
+
+def _rebuild(cls: type[MoECommError], state: dict[str, object], args: tuple[object, ...]) -> MoECommError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(MoECommError, ValueError):
+    """An argument is wrong, or ranks were given different ones."""
+
+
+class RoutingError(MoECommError, ValueError):
+    """A routing names an expert that does not exist, or has the wrong shape or dtype."""
+
+
+class CapacityError(MoECommError, ValueError):
+    """More tokens or bytes than the buffer was built for."""
+
+
+class UnsupportedError(MoECommError, NotImplementedError):
+    """What was asked for is not available here; the message says what is."""
+
+
+class StallError(MoECommError, TimeoutError):
+    """A deadline passed; `peers` are the ranks that did not arrive."""
+
+
+class PeerLostError(MoECommError, ConnectionError):
+    """A peer died or closed its end; `peers` names it where the transport can know."""
+
+
+class DesyncError(MoECommError, RuntimeError):
+    """Ranks called different operations, or the same one with different arguments."""
+
+
+class StaleHandleError(MoECommError, RuntimeError):
+    """A handle, buffer or view that is no longer valid, or that belongs to another buffer."""

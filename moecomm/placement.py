@@ -1,0 +1,97 @@
+"""Which rank holds which expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moecomm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlacement:
+    """Say where every expert lives.
+
+    Args:
+        experts_of_rank: for each rank the global expert ids it holds, in local order (local id = position).
+            Every id in [0, E) appears exactly once; a rank may hold none.
+
+    Raises:
+        ConfigError: an id is missing, doubled or out of range.
+
+    >>> placement = ExpertPlacement(((0, 3), (1, 2)))
+    >>> placement.num_experts, placement.num_ranks, placement.experts_of_rank[1]
+    (4, 2, (1, 2))
+    >>> placement.rank_of_expert, placement.local_of_expert
+    ((0, 1, 1, 0), (0, 0, 1, 1))
+    """
+
+    experts_of_rank: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        try:
+            held = tuple(tuple(int(e) for e in experts) for experts in self.experts_of_rank)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                "experts_of_rank is no list of expert lists", got=self.experts_of_rank, expected="[[0, 1], [2, 3]]"
+            ) from None
+        object.__setattr__(self, "experts_of_rank", held)
+        ids = sorted(e for experts in held for e in experts)
+        if not held or not ids or ids != list(range(len(ids))):
+            raise ConfigError(
+                "experts_of_rank does not hold every expert exactly once",
+                got=held,
+                expected=f"each id from 0 to {max(len(ids) - 1, 0)} once",
+                remedy="list the global expert ids of each rank",
+            )
+
+    @classmethod
+    def uniform(cls, num_experts: int, num_ranks: int) -> ExpertPlacement:
+        """Place contiguous blocks in rank order; the first E mod W ranks hold one expert more.
+
+        >>> ExpertPlacement.uniform(5, 2).experts_of_rank
+        ((0, 1, 2), (3, 4))
+        """
+        for name, value in (("num_experts", num_experts), ("num_ranks", num_ranks)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is no count", got=repr(value), expected="an integer of at least 1")
+        base, extra = divmod(num_experts, num_ranks)
+        starts = [rank * base + min(rank, extra) for rank in range(num_ranks + 1)]
+        return cls(tuple(tuple(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)))
+
+    @classmethod
+    def explicit(cls, experts_of_rank: Sequence[Sequence[int]]) -> ExpertPlacement:
+        """Place experts as listed: `experts_of_rank[rank]` in local order."""
+        return cls(tuple(tuple(experts) for experts in experts_of_rank))
+
+    @property
+    def num_experts(self) -> int:
+        """E, experts in all."""
+        return sum(map(len, self.experts_of_rank))
+
+    @property
+    def num_ranks(self) -> int:
+        """W, ranks in the group."""
+        return len(self.experts_of_rank)
+
+    @property
+    def flat_experts(self) -> tuple[int, ...]:
+        """Global ids sorted by (rank, local id): the *flat order* that plans count in."""
+        return tuple(e for experts in self.experts_of_rank for e in experts)
+
+    @property
+    def experts_per_rank(self) -> tuple[int, ...]:
+        """L of every rank."""
+        return tuple(map(len, self.experts_of_rank))
+
+    @property
+    def rank_of_expert(self) -> tuple[int, ...]:
+        """For each global id the rank that holds it."""
+        rank_of = {e: rank for rank, experts in enumerate(self.experts_of_rank) for e in experts}
+        return tuple(rank_of[e] for e in range(self.num_experts))
+
+    @property
+    def local_of_expert(self) -> tuple[int, ...]:
+        """For each global id its local id on the rank that holds it."""
+        local_of = {e: i for experts in self.experts_of_rank for i, e in enumerate(experts)}
+        return tuple(local_of[e] for e in range(self.num_experts))
