@@ -1,0 +1,361 @@
+"""`Group`: rank, size and object collectives over torch.distributed, MPI, or a single rank.
+
+moecomm talks through a `Group` when it builds something: who is there, do all ranks agree, where does everybody listen.
+Rows of tokens never pass here. Objects travel through the key-value store of a process group, not through its backend,
+so every backend will do, also one that has no CPU tensors, and a rank that does not come can be named.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+from moecomm import _env
+from moecomm.errors import ConfigError, DesyncError, PeerLostError, StallError, UnsupportedError
+
+T = TypeVar("T")
+
+_ACCEPTED = "a torch.distributed.ProcessGroup, an mpi4py.MPI.Comm, or None"
+_MAX_PAUSE_S = 0.002
+_GRACE_S = 1.0  # what a store that no longer answers gets on top of the deadline
+
+
+class _Wait:
+    """The deadline of one operation, and how to spend the time until then."""
+
+    def __init__(self, operation: str, rank: int, timeout_s: float) -> None:
+        self.operation, self.rank, self.timeout_s = operation, rank, timeout_s
+        self._end = time.monotonic() + timeout_s
+        self._pause_s = 0.00005
+
+    def pause(self) -> bool:
+        """Yield the processor for a moment; return False once the deadline has passed."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(self._pause_s, left))
+        self._pause_s = min(2 * self._pause_s, _MAX_PAUSE_S)
+        return True
+
+    def stall(self, peers: Sequence[int], did_not: str = "arrive") -> StallError:
+        names = f"ranks {sorted(peers)}" if peers else "the key-value store of the process group"
+        return StallError(
+            f"{names} did not {did_not} in time",
+            expected=f"all ranks within {self.timeout_s:g} s",
+            remedy="look at what those ranks are doing, or raise timeout_s",
+            rank=self.rank,
+            operation=self.operation,
+            peers=sorted(peers),
+        )
+
+
+class _Exchange(Protocol):
+    """How the ranks of a group hand bytes to each other."""
+
+    def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+        """Return the blobs of all ranks in rank order, or raise StallError or PeerLostError."""
+
+
+class _Alone:
+    """A group of one rank."""
+
+    def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+        return [blob]
+
+
+class _StoreExchange:
+    """Exchange through a torch.distributed store: rank 0 collects what all ranks wrote, and publishes it.
+
+    Rank 0 leaves last, when everybody has read: it may be the process that hosts the store. No key stays behind. Once
+    rank 0 gives up it publishes who was missing, so that all ranks, late ones too, hear the same verdict at once.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+        self._keys: dist.Store | None = None
+        self._seq = 0
+
+    def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+        seq, self._seq = self._seq, self._seq + 1
+        step = self._collect if self._rank == 0 else self._submit
+        try:
+            return _finish(lambda: step(seq, blob, wait), wait)
+        except dist.DistError as error:
+            raise PeerLostError(
+                "the key-value store of the process group is gone",
+                got=repr(str(error).splitlines()[0] if str(error) else error),
+                remedy="look for the process that hosts it: rank 0 of the job, or its launcher",
+                rank=wait.rank,
+                operation=wait.operation,
+            ) from error
+
+    def _open(self) -> dist.Store:
+        """Return the store under a prefix that no earlier life of this process group has used."""
+        if self._keys is None:
+            life = self._store.add(f"moecomm/life/{self._rank}", 1)
+            self._keys = dist.PrefixStore(f"moecomm/{life}", self._store)
+        return self._keys
+
+    def _absent(self, keys: dist.Store, kind: str) -> list[int]:
+        return [rank for rank in range(self._size) if not keys.check([f"{kind}/{rank}"])]
+
+    def _collect(self, seq: int, blob: bytes, wait: _Wait) -> list[bytes]:
+        keys, others = self._open(), range(1, self._size)
+        came, left, verdict = f"{seq}/came", f"{seq}/left", f"{seq}/verdict"
+        _put(keys, f"{came}/0", b"1")
+        for rank in others:
+            while not keys.check([f"{came}/{rank}"]):
+                if not wait.pause():
+                    absent = self._absent(keys, came)
+                    _put(keys, verdict, pickle.dumps((absent, [])))
+                    raise wait.stall(absent)
+        blobs = [blob, *(keys.get(f"{came}/{rank}") for rank in others)]
+        _put(keys, verdict, pickle.dumps(([], blobs)))
+        for rank in others:
+            while not keys.check([f"{left}/{rank}"]):
+                if not wait.pause():
+                    raise wait.stall([r for r in self._absent(keys, left) if r], "leave")
+        for key in (f"{came}/0", verdict, *(f"{kind}/{rank}" for kind in (came, left) for rank in others)):
+            keys.delete_key(key)
+        return blobs
+
+    def _submit(self, seq: int, blob: bytes, wait: _Wait) -> list[bytes]:
+        keys = self._open()
+        _put(keys, f"{seq}/came/{self._rank}", blob)
+        while not keys.check([f"{seq}/verdict"]):
+            if not wait.pause():
+                raise wait.stall(self._absent(keys, f"{seq}/came") or [0])
+        absent, blobs = pickle.loads(keys.get(f"{seq}/verdict"))
+        if absent:
+            raise wait.stall(absent)
+        _put(keys, f"{seq}/left/{self._rank}", b"1")
+        return blobs
+
+
+def _put(store: dist.Store, key: str, value: bytes) -> None:
+    store.set(key, value)  # type: ignore[arg-type]  # the stub says str, the store takes bytes
+
+
+def _finish(step: Callable[[], T], wait: _Wait) -> T:
+    """Run `step` in a thread of its own: a store whose host has stopped blocks its callers for ever."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(step())
+        except BaseException as error:  # handed to the caller below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=f"moecomm {wait.operation}", daemon=True)
+    thread.start()
+    thread.join(wait.timeout_s + _GRACE_S)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise wait.stall([], "answer")
+    return results[0]
+
+
+class _MpiExchange:
+    """Exchange by point-to-point messages: unlike a collective, they tell who is missing."""
+
+    _TAG = 32_749  # below the 32,767 that every MPI allows, and unlikely to be somebody else's
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self._seq = 0
+        self._unfinished: list[Any] = []  # sends of stalled exchanges; their buffers must live on
+
+    def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+        mpi = sys.modules["mpi4py.MPI"]
+        try:
+            return self._all_gather(blob, wait)
+        except mpi.Exception as error:
+            raise PeerLostError(
+                "MPI reports an error", got=repr(str(error)), rank=wait.rank, operation=wait.operation
+            ) from error
+
+    def _all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+        comm, self._seq = self._comm, self._seq + 1
+        others = [rank for rank in range(comm.size) if rank != comm.rank]
+        sends = {rank: comm.isend((self._seq, blob), dest=rank, tag=self._TAG) for rank in others}
+        blobs = {comm.rank: blob}
+        while len(blobs) < comm.size or sends:
+            for rank in (rank for rank in others if rank not in blobs):
+                message = comm.improbe(source=rank, tag=self._TAG)
+                seq, received = message.recv() if message is not None else (None, b"")
+                if seq == self._seq:  # an older one belongs to an exchange that stalled here
+                    blobs[rank] = received
+            sends = {rank: send for rank, send in sends.items() if not send.test()[0]}
+            if (len(blobs) < comm.size or sends) and not wait.pause():
+                self._unfinished += sends.values()
+                raise wait.stall([rank for rank in others if rank not in blobs] or list(sends))
+        return [blobs[rank] for rank in range(comm.size)]
+
+
+# One exchange per process group, however many `Group`s look at it: its sequence numbers must not start again.
+_exchange_of_group: WeakKeyDictionary[Any, _StoreExchange] = WeakKeyDictionary()
+_mpi_keyval: list[int] = []
+
+
+def _exchange_of_comm(comm: Any) -> _MpiExchange:
+    """Return the exchange that lives on the communicator, as an MPI attribute."""
+    if not _mpi_keyval:
+        _mpi_keyval.append(type(comm).Create_keyval())
+    exchange = comm.Get_attr(_mpi_keyval[0])
+    if exchange is None:
+        exchange = _MpiExchange(comm)
+        comm.Set_attr(_mpi_keyval[0], exchange)
+    return exchange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Name the ranks that share the experts, and let them agree on things.
+
+    Make one with `Group.resolve`. Every operation is collective: all ranks of the group call the same operations in the
+    same order. Each has a deadline, `timeout_s`, by default `MOECOMM_TIMEOUT_S` (60 seconds).
+
+    Args:
+        rank: rank of this process inside the group, not in the whole job.
+        size: W, number of ranks in the group.
+        process_group: the torch.distributed process group behind it, or None.
+        mpi_comm: the mpi4py communicator behind it, or None.
+        exchange: how bytes travel between the ranks.
+
+    >>> group = Group.resolve()  # torch.distributed is not initialised here: a single rank
+    >>> group.rank, group.size, group.all_gather_object({"hidden": 64})
+    (0, 1, [{'hidden': 64}])
+    """
+
+    rank: int
+    size: int
+    process_group: dist.ProcessGroup | None = None
+    mpi_comm: Any = None
+    exchange: _Exchange = field(repr=False)
+
+    @classmethod
+    def resolve(cls, group: Any = None) -> Group:
+        """Make a `Group` of whatever the caller has.
+
+        Args:
+            group: a torch.distributed.ProcessGroup, an mpi4py.MPI.Comm, or None for the default process group, or for a
+                single rank where torch.distributed is not initialised.
+
+        Raises:
+            ConfigError: another type, or a group that this process is not in.
+            UnsupportedError: a process group without a store.
+        """
+        if group is None:
+            if not (dist.is_available() and dist.is_initialized()):
+                return cls(rank=0, size=1, exchange=_Alone())
+            group = dist.group.WORLD
+        mpi = sys.modules.get("mpi4py.MPI")
+        if mpi is not None and isinstance(group, mpi.Comm):
+            return cls._of_comm(group, mpi)
+        if dist.is_available() and isinstance(group, dist.ProcessGroup):
+            return cls._of_process_group(group)
+        if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ConfigError(
+                "this process is not in the process group",
+                got="GroupMember.NON_GROUP_MEMBER",
+                expected=_ACCEPTED,
+                remedy="use the group only on the ranks that were given to new_group",
+            )
+        raise ConfigError(
+            "group has a type that moecomm does not know",
+            got=f"{type(group).__module__}.{type(group).__qualname__}",
+            expected=_ACCEPTED,
+            remedy="for a DeviceMesh pass mesh.get_group()",
+        )
+
+    @classmethod
+    def _of_process_group(cls, group: dist.ProcessGroup) -> Group:
+        rank, size = group.rank(), group.size()
+        exchange = _exchange_of_group.get(group)
+        if exchange is None:
+            try:
+                store = group.get_group_store()
+            except RuntimeError as error:
+                raise UnsupportedError(
+                    "the process group has no key-value store",
+                    got=repr(str(error).splitlines()[0]),
+                    expected="a group made by init_process_group or new_group with a store",
+                    remedy="for MPI pass the mpi4py communicator instead",
+                    rank=rank,
+                ) from error
+            exchange = _exchange_of_group[group] = _StoreExchange(store, rank, size)
+        return cls(rank=rank, size=size, process_group=group, exchange=exchange)
+
+    @classmethod
+    def _of_comm(cls, comm: Any, mpi: Any) -> Group:
+        if comm == mpi.COMM_NULL or comm.Is_inter():
+            raise ConfigError(
+                "this communicator does not hold this process and its peers alone",
+                got="MPI.COMM_NULL" if comm == mpi.COMM_NULL else "an intercommunicator",
+                expected=_ACCEPTED,
+                remedy="pass an intracommunicator on the ranks that are in it",
+            )
+        return cls(rank=comm.Get_rank(), size=comm.Get_size(), mpi_comm=comm, exchange=_exchange_of_comm(comm))
+
+    def all_gather_object(self, obj: T, *, timeout_s: float | None = None, operation: str | None = None) -> list[T]:
+        """Give every rank the objects of all ranks, in rank order.
+
+        Args:
+            obj: anything that pickle takes; every rank, this one too, gets a copy of its own.
+            timeout_s: deadline in seconds, or None for the default.
+            operation: name for error messages; the ranks must give the same one.
+
+        Raises:
+            StallError: ranks that did not arrive before the deadline; `peers` names them.
+            PeerLostError: the connection to the other ranks is closed.
+            DesyncError: another rank is in another operation.
+        """
+        operation = operation or "all_gather_object"
+        timeout_s = _env.timeout_s() if timeout_s is None else timeout_s
+        if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
+            raise ConfigError(
+                "timeout_s is no deadline",
+                got=repr(timeout_s),
+                expected="a positive number of seconds",
+                rank=self.rank,
+                operation=operation,
+            )
+        blob = pickle.dumps((operation, pickle.dumps(obj)))
+        wait = _Wait(operation, self.rank, timeout_s)
+        replies = [pickle.loads(reply) for reply in self.exchange.all_gather(blob, wait)]
+        strays = {rank: name for rank, (name, _) in enumerate(replies) if name != operation}
+        if strays:
+            raise DesyncError(
+                "ranks are in different operations",
+                got=", ".join(f"{name} on rank {rank}" for rank, name in strays.items()),
+                expected=f"{operation} on all {self.size} ranks",
+                remedy="call the same operations in the same order on every rank",
+                rank=self.rank,
+                operation=operation,
+                peers=list(strays),
+            )
+        return [pickle.loads(payload) for _, payload in replies]
+
+    def broadcast_object(self, obj: T, root: int = 0, *, timeout_s: float | None = None) -> T:
+        """Give every rank the object of rank `root`; what the others pass is ignored. Raises as `all_gather_object`."""
+        if not 0 <= root < self.size:
+            raise ConfigError(
+                "root is no rank of the group", got=root, expected=f"0 to {self.size - 1}", rank=self.rank
+            )
+        mine: Any = obj if root == self.rank else None
+        return self.all_gather_object(mine, timeout_s=timeout_s, operation=f"broadcast_object(root={root})")[root]
+
+    def barrier(self, *, timeout_s: float | None = None, operation: str = "barrier") -> None:
+        """Return when every rank of the group has called it. Raises as `all_gather_object`."""
+        self.all_gather_object(None, timeout_s=timeout_s, operation=operation)
