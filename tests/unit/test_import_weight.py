@@ -1,0 +1,39 @@
+"""`import moecomm` is cheap: nothing heavy is loaded, nothing is started, nothing is printed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CHECK = """
+import sys
+import moecomm
+import torch, torch.distributed as dist
+heavy = [name for name in ("triton", "mpi4py", "numba", "llvmlite", "matplotlib", "hypothesis") if name in sys.modules]
+assert not heavy, f"loaded: {heavy}"
+assert not torch.cuda.is_initialized(), "CUDA is initialised"
+assert not (dist.is_available() and dist.is_initialized()), "a process group exists"
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_import_is_light_and_silent() -> None:
+    result = run(CHECK)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_the_check_can_fail() -> None:
+    """The same check, after somebody else has loaded something heavy."""
+    for code, complaint in (
+        ("import numba\n", "loaded: ['numba', 'llvmlite']"),
+        (
+            "import torch.distributed as d\nd.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)\n",
+            "group",
+        ),
+    ):
+        result = run(code + CHECK)
+        assert result.returncode == 1
+        assert complaint in result.stderr
