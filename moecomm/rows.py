@@ -1,14 +1,18 @@
 """Row primitives: copy rows by index, sum rows by table, and the gradient of a weighted sum.
 
-All three work on any device through plain torch (`*_ref`). On a CPU where llvmlite (which numba brings along) is installed they
-run compiled loops with the same bits, several times as fast; `backend()` says which is in use and why. Rows are 2-D with a
-contiguous last dimension; the stride between rows is free, and an output may lie in memory shared with other processes.
+All three work on any device through plain torch (`*_ref`). On a CPU where llvmlite (which numba brings along) is
+installed they run compiled loops that give the same bits, several times as fast; `backend()` says which is in use and
+why. Rows are 2-D with a contiguous last dimension; the stride between rows is free, and an output may lie in memory
+that is shared with other processes. Nothing here is recorded by autograd.
 
-Legend: N rows, H columns, P summed rows, J entries per summed row.
+Legend: N rows, H columns, P sums, J entries per sum.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
 
@@ -16,9 +20,11 @@ import torch
 from torch import Tensor
 
 FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-DOT_LANES = 512
-_INT_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DOT_LANES = 512  # partial sums of a row product
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK_BYTES = 1 << 20  # the torch path works in pieces that stay in a cache
+_STREAM_BYTES = 2 << 20  # outputs of this size go past the caches (2 processes on a Zen 5 VM, November 2026)
+_THREAD_BYTES = 1 << 20  # least work that is worth a thread of its own
 
 
 def backend() -> str:
@@ -36,21 +42,23 @@ def _load_jit() -> tuple[ModuleType | None, str]:
     try:
         from moecomm import _rows_jit
     except ImportError as error:
-        return None, f"llvmlite is not installed: {error}"
+        return None, f"llvmlite is not usable: {error}"
     return _rows_jit, ""
 
 
 def copy_rows(out: Tensor, src: Tensor, src_index: Tensor, out_index: Tensor | None = None) -> None:
     """Copy rows as bytes: out[out_index[i]] = src[src_index[i]].
 
+    Fastest where neighbouring entries read the same source row: sort them by source, not by target.
+
     Args:
         out: (P, H) any dtype, written.
         src: (N, H) same dtype.
-        src_index: (n,) int32 or int64 row of `src`; -1 skips the entry.
-        out_index: (n,) int32 or int64 row of `out`, no row twice; -1 skips the entry; None: row i.
+        src_index: (n,) int32 or int64 row of `src`; an entry < 0 is skipped.
+        out_index: (n,) int32 or int64 row of `out`, no row twice; an entry < 0 is skipped; None: row i.
 
     Raises:
-        IndexError: an index is out of range.
+        IndexError: an index is too large.
 
     >>> out = torch.zeros(3, 2)
     >>> copy_rows(out, torch.tensor([[1., 2.], [3., 4.]]), torch.tensor([1, 0]), torch.tensor([0, 2]))
@@ -60,45 +68,34 @@ def copy_rows(out: Tensor, src: Tensor, src_index: Tensor, out_index: Tensor | N
     jit = _load_jit()[0]
     if jit is None or not (out.is_cpu and src.is_cpu):
         return copy_rows_ref(out, src, src_index, out_index)
-    _check_rows("out", out)
-    _check_rows("src", src)
-    assert out.dtype == src.dtype and out.shape[1] == src.shape[1], (
-        f"copy_rows of {src.shape} {src.dtype} to {out.shape} {out.dtype}"
-    )
-    count, item = src_index.shape[0], src.element_size()
-    kernel = jit.copy_kernel(_index_bits(src_index), 0 if out_index is None else _index_bits(out_index), False)
-    bad = kernel(
-        0,
-        count,
-        out.data_ptr(),
-        out.stride(0) * item,
-        out.shape[0],
-        src.data_ptr(),
-        src.stride(0) * item,
-        src.shape[0],
-        src.shape[1] * item,
-        src_index.data_ptr(),
-        0 if out_index is None else out_index.data_ptr(),
-    )
+    (out_ptr, out_stride), (src_ptr, src_stride) = _rows("out", out), _rows("src", src)
+    assert out.dtype == src.dtype and out.shape[1] == src.shape[1], f"rows {_seen(src)} do not fit into {_seen(out)}"
+    src_bits, out_bits = _index_bits("src_index", src_index), 0
+    count, row_bytes = src_index.shape[0], src.shape[1] * src.element_size()
+    if out_index is not None:
+        out_bits = _index_bits("out_index", out_index)
+        assert out_index.shape == src_index.shape, f"src_index {_seen(src_index)}, out_index {_seen(out_index)}"
+    kernel = jit.copy_kernel(src_bits, out_bits, _streams(count * row_bytes, out_ptr, out_stride))
+    places = out_ptr, out_stride, out.shape[0], src_ptr, src_stride, src.shape[0], row_bytes
+    indices = src_index.data_ptr(), 0 if out_index is None else out_index.data_ptr()
+    bad = _run(kernel, count, count * row_bytes, *places, *indices)
     if bad >= 0:
-        raise IndexError(
-            f"copy_rows: entry {bad} is out of range for {src.shape[0]} source and {out.shape[0]} output rows"
-        )
+        raise IndexError(f"copy_rows: entry {bad} lies outside {src.shape[0]} source or {out.shape[0]} output rows")
 
 
 @torch.no_grad()
 def copy_rows_ref(out: Tensor, src: Tensor, src_index: Tensor, out_index: Tensor | None = None) -> None:
     """`copy_rows` in plain torch."""
-    kind = _INT_OF_BYTES[min(src.element_size(), 8)]
-    out, src = out.view(kind), src.view(kind)
+    integer = _INTEGERS[min(src.element_size(), 8)]
+    out, src = out.view(integer), src.view(integer)
     if out_index is None:
         out_index = torch.arange(src_index.shape[0], device=src.device)
-    keep = (src_index >= 0) & (out_index >= 0)
-    if not keep.all():
-        src_index, out_index = src_index[keep], out_index[keep]
+    used = (src_index >= 0) & (out_index >= 0)
+    if not used.all():
+        src_index, out_index = src_index[used], out_index[used]
     step = max(1, _CHUNK_BYTES // max(1, src.shape[1] * src.element_size()))
-    for at in range(0, src_index.shape[0], step):
-        out.index_copy_(0, out_index[at : at + step].long(), src.index_select(0, src_index[at : at + step]))
+    for part in (slice(at, at + step) for at in range(0, src_index.shape[0], step)):
+        out.index_copy_(0, out_index[part].long(), src.index_select(0, src_index[part]))
 
 
 def reduce_rows(
@@ -106,15 +103,16 @@ def reduce_rows(
 ) -> None:
     """Sum rows in a fixed order: out[p] = round(bias[p] + sum over ascending j of w * rows[table[p, j]]).
 
-    Sums in float32 from float32(bias[p]) or +0, each product rounded to float32 before it is added (no fused multiply-add), rounded
-    to nearest even once at the end. A NaN in the result is always the same NaN, whatever its bits were.
+    The sum is float32 and starts from float32(bias[p]) or +0; each product is rounded to float32 before it is added
+    (no fused multiply-add); the sum is rounded to nearest even once, at the end. A result that is not a number is
+    always the same NaN.
 
     Args:
         out: (P, H) float32, float16 or bfloat16, written.
         rows: (N, H) float32, float16 or bfloat16.
-        table_PJ: (P, J) int32 or int64 row of `rows`; entries < 0 are skipped and nothing is read for them.
-        weights: None (no product), (N,) float32 by row number, or (P, J) float32 by entry.
-        bias: (P, H) float32, float16 or bfloat16.
+        table_PJ: (P, J) int32 or int64 row of `rows`; an entry < 0 is skipped: nothing is read or added for it.
+        weights: (N,) float32 by row number, or (P, J) float32 by entry, or None: no product.
+        bias: (P, H) float32, float16 or bfloat16, or None.
 
     Raises:
         IndexError: an entry is N or more.
@@ -125,47 +123,29 @@ def reduce_rows(
     [[20.5, 41.0], [0.5, 1.0]]
     """
     jit = _load_jit()[0]
-    if jit is None or not (
-        out.is_cpu and rows.is_cpu and all(map(jit.supports, (FLOATS[out.dtype], FLOATS[rows.dtype])))
-    ):
+    if jit is None or not (out.is_cpu and rows.is_cpu and _supported(jit, out, rows, bias)):
         return reduce_rows_ref(out, rows, table_PJ, weights, bias)
-    for name, tensor in (("out", out), ("rows", rows), ("table", table_PJ)):
-        _check_rows(name, tensor)
-    num_out, width = table_PJ.shape
-    assert out.shape == (num_out, rows.shape[1]), f"reduce_rows of {rows.shape} by {table_PJ.shape} into {out.shape}"
+    (num_sums, width), (num_rows, hidden) = table_PJ.shape, rows.shape
+    assert out.shape == (num_sums, hidden), f"rows {_seen(rows)}, table {_seen(table_PJ)} do not give {_seen(out)}"
+    (out_ptr, out_stride), (table_ptr, table_stride) = _rows("out", out), _rows("table_PJ", table_PJ)
     mode, weights_ptr, weights_stride = None, 0, 0
     if weights is not None:
         mode = "row" if weights.ndim == 1 else "entry"
-        expected = rows.shape[:1] if mode == "row" else table_PJ.shape
-        assert weights.dtype == torch.float32 and weights.shape == expected and weights.stride(-1) == 1, (
-            f"weights {weights.shape} {weights.dtype}"
-        )
-        weights_ptr, weights_stride = weights.data_ptr(), weights.stride(0) * 4
+        fits = weights.shape == (rows.shape[:1] if mode == "row" else table_PJ.shape)
+        assert fits and weights.dtype == torch.float32, f"weights {_seen(weights)} for table {_seen(table_PJ)}"
+        weights_ptr, weights_stride = _rows("weights", weights if mode == "entry" else weights[None])
     bias_name, bias_ptr, bias_stride = None, 0, 0
     if bias is not None:
-        _check_rows("bias", bias)
-        assert bias.shape == out.shape, f"bias {bias.shape} for {out.shape}"
-        bias_name, bias_ptr, bias_stride = FLOATS[bias.dtype], bias.data_ptr(), bias.stride(0) * bias.element_size()
-    kernel = jit.reduce_kernel(FLOATS[rows.dtype], FLOATS[out.dtype], bias_name, _index_bits(table_PJ), mode, False)
-    bad = kernel(
-        0,
-        num_out,
-        out.data_ptr(),
-        out.stride(0) * out.element_size(),
-        rows.data_ptr(),
-        rows.stride(0) * rows.element_size(),
-        rows.shape[0],
-        rows.shape[1],
-        table_PJ.data_ptr(),
-        table_PJ.stride(0) * table_PJ.element_size(),
-        width,
-        weights_ptr,
-        weights_stride,
-        bias_ptr,
-        bias_stride,
-    )
+        assert bias.shape == out.shape, f"bias {_seen(bias)} for out {_seen(out)}"
+        bias_name, (bias_ptr, bias_stride) = FLOATS[bias.dtype], _rows("bias", bias)
+    streaming = _streams(num_sums * hidden * out.element_size(), out_ptr, out_stride)
+    variant = FLOATS[rows.dtype], FLOATS[out.dtype], bias_name, _index_bits("table_PJ", table_PJ), mode, streaming
+    places = out_ptr, out_stride, *_rows("rows", rows), num_rows, hidden, table_ptr, table_stride, width
+    extras = weights_ptr, weights_stride, bias_ptr, bias_stride
+    work_bytes = num_rows * hidden * rows.element_size()
+    bad = _run(jit.reduce_kernel(*variant), num_sums, work_bytes, *places, *extras)
     if bad >= 0:
-        raise IndexError(f"reduce_rows: table row {bad} names a row beyond the {rows.shape[0]} there are")
+        raise IndexError(f"reduce_rows: table row {bad} names a row that is not among the {num_rows}")
 
 
 @torch.no_grad()
@@ -174,28 +154,26 @@ def reduce_rows_ref(
 ) -> None:
     """`reduce_rows` in plain torch."""
     step = max(1, _CHUNK_BYTES // max(1, 4 * rows.shape[1]))
-    for at in range(0, out.shape[0], step):
-        part = slice(at, at + step)
-        total = (
-            torch.zeros(out[part].shape, dtype=torch.float32, device=out.device) if bias is None else bias[part].float()
-        )
+    for part in (slice(at, at + step) for at in range(0, out.shape[0], step)):
+        total = torch.zeros_like(out[part], dtype=torch.float32) if bias is None else bias[part].float()
         for j in range(table_PJ.shape[1] if rows.shape[0] else 0):
             entry = table_PJ[part, j].long()
-            used, row = (entry >= 0)[:, None], entry.clamp(min=0)
+            row = entry.clamp(min=0)
             value = rows.index_select(0, row).float()
             if weights is not None:
-                value *= (weights[row] if weights.ndim == 1 else weights[part, j])[:, None]
-            total = torch.where(used, total + value, total)
-        out[part] = torch.where(total.isnan(), torch.nan, total)
+                value = value * (weights[row] if weights.ndim == 1 else weights[part, j])[:, None]
+            total = torch.where((entry >= 0)[:, None], total + value, total)
+        out[part] = _rounded(total, out.dtype)
 
 
 def scale_rows_grad(
     grad_rows_out: Tensor | None, grad_weights_out: Tensor | None, grad_NH: Tensor, rows_NH: Tensor, weights_N: Tensor
 ) -> None:
-    """Give the gradients of weights[n] * rows[n]: grad_rows = weights * grad, grad_weights = row product of grad and rows.
+    """Differentiate weights[n] * rows[n]: grad_rows = weights * grad, grad_weights = dot of grad and rows, by row.
 
-    The row product is float32 in a fixed order: column c goes to partial sum c mod 512 in ascending c, each product rounded before
-    it is added; then the upper half of the 512 sums is added to the lower half until one is left.
+    The dot is float32 in a fixed order: column c belongs to partial sum c mod 512, which adds its products (each
+    rounded) in ascending c; then the upper half of the partial sums is added to the lower half until one is left. A
+    result that is not a number is always the same NaN.
 
     Args:
         grad_rows_out: (N, H) float32, float16 or bfloat16, written; None: not wanted.
@@ -204,44 +182,30 @@ def scale_rows_grad(
         rows_NH: (N, H) float32, float16 or bfloat16.
         weights_N: (N,) float32.
 
-    >>> grad_rows, grad_weights = torch.empty(1, 2), torch.empty(1)
-    >>> scale_rows_grad(grad_rows, grad_weights, torch.tensor([[1., 2.]]), torch.tensor([[3., 4.]]), torch.tensor([0.5]))
+    >>> grad_rows, grad_weights, grad = torch.empty(1, 2), torch.empty(1), torch.tensor([[1., 2.]])
+    >>> scale_rows_grad(grad_rows, grad_weights, grad, torch.tensor([[3., 4.]]), torch.tensor([0.5]))
     >>> grad_rows.tolist(), grad_weights.tolist()
     ([[0.5, 1.0]], [11.0])
     """
     jit = _load_jit()[0]
-    names = [FLOATS[t.dtype] for t in (rows_NH, grad_NH, grad_rows_out) if t is not None]
-    if jit is None or not (grad_NH.is_cpu and all(map(jit.supports, names))):
+    if jit is None or not (grad_NH.is_cpu and rows_NH.is_cpu and _supported(jit, grad_NH, rows_NH, grad_rows_out)):
         return scale_rows_grad_ref(grad_rows_out, grad_weights_out, grad_NH, rows_NH, weights_N)
-    outs = () if grad_rows_out is None else (("grad_rows_out", grad_rows_out),)
-    for name, tensor in (("grad", grad_NH), ("rows", rows_NH), *outs):
-        _check_rows(name, tensor)
-        assert tensor.shape == grad_NH.shape, f"{name} {tensor.shape} for grad {grad_NH.shape}"
-    for name, vector in (("weights", weights_N), ("grad_weights_out", grad_weights_out)):
-        assert vector is None or (
-            vector.dtype == torch.float32 and vector.shape == grad_NH.shape[:1] and vector.is_contiguous()
-        ), name
-    if grad_rows_out is None and grad_weights_out is None:
-        return
-    kernel = jit.grad_kernel(names[0], names[1], names[2] if len(names) > 2 else None, grad_weights_out is not None)
-    out_ptr, out_stride = (
-        (0, 0)
-        if grad_rows_out is None
-        else (grad_rows_out.data_ptr(), grad_rows_out.stride(0) * grad_rows_out.element_size())
-    )
-    kernel(
-        0,
-        grad_NH.shape[0],
-        out_ptr,
-        out_stride,
-        0 if grad_weights_out is None else grad_weights_out.data_ptr(),
-        grad_NH.data_ptr(),
-        grad_NH.stride(0) * grad_NH.element_size(),
-        rows_NH.data_ptr(),
-        rows_NH.stride(0) * rows_NH.element_size(),
-        weights_N.data_ptr(),
-        grad_NH.shape[1],
-    )
+    (count, hidden), dots_ptr = grad_NH.shape, 0
+    assert rows_NH.shape == grad_NH.shape, f"rows {_seen(rows_NH)} for grad {_seen(grad_NH)}"
+    for vector in (weights_N,) if grad_weights_out is None else (weights_N, grad_weights_out):
+        fits = vector.shape == (count,) and vector.dtype == torch.float32 and vector.is_contiguous()
+        assert fits, f"weights or their gradient {_seen(vector)} for grad {_seen(grad_NH)}"
+    if grad_weights_out is not None:
+        dots_ptr = grad_weights_out.data_ptr()
+    out_name, out_ptr, out_stride, streaming = None, 0, 0, False
+    if grad_rows_out is not None:
+        assert grad_rows_out.shape == grad_NH.shape, f"grad_rows_out {_seen(grad_rows_out)} for grad {_seen(grad_NH)}"
+        out_name, (out_ptr, out_stride) = FLOATS[grad_rows_out.dtype], _rows("grad_rows_out", grad_rows_out)
+        streaming = _streams(count * hidden * grad_rows_out.element_size(), out_ptr, out_stride)
+    variant = FLOATS[rows_NH.dtype], FLOATS[grad_NH.dtype], out_name, grad_weights_out is not None, streaming
+    inputs = *_rows("grad_NH", grad_NH), *_rows("rows_NH", rows_NH), weights_N.data_ptr(), hidden
+    work_bytes = count * hidden * grad_NH.element_size()
+    _run(jit.grad_kernel(*variant), count, work_bytes, out_ptr, out_stride, dots_ptr, *inputs)
 
 
 @torch.no_grad()
@@ -250,33 +214,69 @@ def scale_rows_grad_ref(
 ) -> None:
     """`scale_rows_grad` in plain torch."""
     step = max(1, _CHUNK_BYTES // max(1, 4 * grad_NH.shape[1]))
-    for at in range(0, grad_NH.shape[0], step):
-        part = slice(at, at + step)
+    for part in (slice(at, at + step) for at in range(0, grad_NH.shape[0], step)):
         grad = grad_NH[part].float()
         if grad_rows_out is not None:
-            scaled = weights_N[part, None] * grad
-            grad_rows_out[part] = torch.where(scaled.isnan(), torch.nan, scaled)
-        if grad_weights_out is not None:
-            product = grad * rows_NH[part].float()
-            total = torch.zeros(grad.shape[0], DOT_LANES, device=grad.device)
-            for column in range(0, grad.shape[1], DOT_LANES):
-                block = product[:, column : column + DOT_LANES]
-                total[:, : block.shape[1]] += block
-            half = DOT_LANES // 2
-            while half:
-                total = total[:, :half] + total[:, half:]
-                half //= 2
-            grad_weights_out[part] = torch.where(total.isnan(), torch.nan, total)[:, 0]
+            grad_rows_out[part] = _rounded(weights_N[part, None] * grad, grad_rows_out.dtype)
+        if grad_weights_out is None:
+            continue
+        product = grad * rows_NH[part].float()
+        total = torch.zeros(grad.shape[0], DOT_LANES, device=grad.device)
+        for block in product.split(DOT_LANES, dim=1):
+            total[:, : block.shape[1]] += block
+        while total.shape[1] > 1:
+            low, high = total.chunk(2, dim=1)
+            total = low + high
+        grad_weights_out[part] = _rounded(total[:, 0], torch.float32)
 
 
-def _check_rows(name: str, tensor: Tensor) -> None:
-    assert tensor.ndim == 2 and (tensor.stride(1) == 1 or tensor.shape[1] <= 1), (
-        f"{name} is {tuple(tensor.shape)} with strides {tensor.stride()}; expected 2-D with a contiguous last dimension"
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round, and make every NaN the same: torch converts them to one of two, by column and by machine."""
+    value = value.to(dtype)
+    return torch.where(value.isnan(), torch.nan, value)
+
+
+def _rows(name: str, tensor: Tensor) -> tuple[int, int]:
+    """Address of the first row, and bytes from one row to the next."""
+    shaped = tensor.ndim == 2 and (tensor.stride(1) == 1 or tensor.shape[1] <= 1)
+    assert shaped and tensor.is_cpu, (
+        f"{name} {_seen(tensor)}: expected 2-D on the CPU, contiguous in the last dimension"
     )
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
-def _index_bits(index: Tensor) -> int:
-    assert index.dtype in (torch.int32, torch.int64) and index.is_cpu and (index.ndim == 2 or index.is_contiguous()), (
-        f"index is {index.dtype} {tuple(index.shape)} on {index.device}"
-    )
+def _index_bits(name: str, index: Tensor) -> int:
+    packed = index.stride(-1) == 1 or index.shape[-1] <= 1
+    assert packed and index.is_cpu, f"{name} {_seen(index)}: expected it contiguous on the CPU"
+    assert index.dtype in (torch.int32, torch.int64), f"{name} {_seen(index)}: expected int32 or int64"
     return 32 if index.dtype == torch.int32 else 64
+
+
+def _seen(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} strides {tensor.stride()} on {tensor.device}"
+
+
+def _supported(jit: ModuleType, *tensors: Tensor | None) -> bool:
+    return all(jit.supports(FLOATS[tensor.dtype]) for tensor in tensors if tensor is not None)
+
+
+def _streams(num_bytes: int, ptr: int, stride: int) -> bool:
+    """Whether to write past the caches: a large output is read by another core, later."""
+    return num_bytes >= _STREAM_BYTES and ptr % 64 == 0 and stride % 64 == 0
+
+
+def _run(kernel: Callable[..., int], count: int, num_bytes: int, *args: int) -> int:
+    """Call the kernel on entries 0 to count, over as many threads as torch would use and the work is worth."""
+    threads = min(count, num_bytes // _THREAD_BYTES, torch.get_num_threads())
+    if threads <= 1:
+        return kernel(0, count, *args)
+    mine, *others = ((count * n // threads, count * (n + 1) // threads) for n in range(threads))
+    pool = _pool(os.getpid(), torch.get_num_threads())
+    parts = [pool.submit(kernel, *span, *args) for span in others]
+    bad = [kernel(*mine, *args), *(part.result() for part in parts)]
+    return next((entry for entry in bad if entry >= 0), -1)
+
+
+@cache
+def _pool(pid: int, threads: int) -> ThreadPoolExecutor:  # by process: threads do not survive a fork
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="moecomm-rows")
