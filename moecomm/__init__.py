@@ -1,6 +1,7 @@
 """moecomm: dispatch and combine for mixture-of-experts models, from a laptop CPU to a GPU node."""
 
 from moecomm._version import __version__
+from moecomm.buffer import Buffer, MemoryPlan
 from moecomm.errors import (
     CapacityError,
     ConfigError,
@@ -12,18 +13,26 @@ from moecomm.errors import (
     StallError,
     UnsupportedError,
 )
+from moecomm.handle import Dispatched, DispatchHandle, Pending
 from moecomm.placement import ExpertPlacement
+from moecomm.topology import Topology
 
 __all__ = [
+    "Buffer",
     "CapacityError",
     "ConfigError",
     "DesyncError",
+    "DispatchHandle",
+    "Dispatched",
     "ExpertPlacement",
+    "MemoryPlan",
     "MoECommError",
     "PeerLostError",
+    "Pending",
     "RoutingError",
     "StaleHandleError",
     "StallError",
+    "Topology",
     "UnsupportedError",
     "__version__",
 ]

@@ -18,10 +18,8 @@ class MoECommError(Exception):
         seq: sequence number of that operation on this buffer.
         peers: the ranks that caused it.
 
-    >>> raise ConfigError("top_k does not fit", got=9, expected="at most 8", remedy="lower top_k", rank=0)
-    Traceback (most recent call last):
-    ...
-    moecomm.errors.ConfigError: rank 0: top_k does not fit: got 9; expected at most 8; lower top_k
+    >>> print(ConfigError("top_k does not fit", got=9, expected="at most 8", remedy="lower top_k", rank=0))
+    rank 0: top_k does not fit: got 9; expected at most 8; lower top_k
     """
 
     def __init__(
@@ -83,6 +81,26 @@ class PeerLostError(MoECommError, ConnectionError):
 
 class DesyncError(MoECommError, RuntimeError):
     """Ranks called different operations, or the same one with different arguments."""
+
+    @classmethod
+    def among(cls, tags: Sequence[str], rank: int, seq: int) -> DesyncError | None:
+        """The error to raise when the ranks do not do the same, or None; tags: what each rank does.
+
+        >>> print(DesyncError.among(["dispatch", "combine"], rank=0, seq=3).peers)
+        (1,)
+        """
+        others = [peer for peer, tag in enumerate(tags) if tag != tags[rank]]
+        if not others:
+            return None
+        said = "; ".join(f"rank {peer} called {tags[peer]}" for peer in others)
+        return cls(
+            f"the ranks do not do the same: {said}; this rank called {tags[rank]}",
+            remedy="call the same operations with the same arguments in the same order on every rank",
+            rank=rank,
+            operation=tags[rank].split(" ")[0],
+            seq=seq,
+            peers=others,
+        )
 
 
 class StaleHandleError(MoECommError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moecomm.errors import ConfigError
 
@@ -57,7 +58,7 @@ class ExpertPlacement:
                 raise ConfigError(f"{name} is no count", got=repr(value), expected="an integer of at least 1")
         base, extra = divmod(num_experts, num_ranks)
         starts = [rank * base + min(rank, extra) for rank in range(num_ranks + 1)]
-        return cls(tuple(tuple(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)))
+        return cls(tuple(tuple(range(a, b)) for a, b in pairwise(starts)))
 
     @classmethod
     def explicit(cls, experts_of_rank: Sequence[Sequence[int]]) -> ExpertPlacement:

@@ -1,0 +1,400 @@
+"""`Buffer`: dispatch tokens to their experts and combine what the experts made of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from moecomm import _env, autograd
+from moecomm.checks import MAX_ALIGN, BufferConfig, Checker
+from moecomm.errors import ConfigError
+from moecomm.group import Group
+from moecomm.handle import Dispatched, DispatchHandle, Pending
+from moecomm.operations import Core, Homecoming, start_combine, start_dispatch, start_replay
+from moecomm.placement import ExpertPlacement
+from moecomm.plan import PlacementTables
+from moecomm.rows import backend as rows_backend
+from moecomm.topology import Topology
+from moecomm.transport import select
+from moecomm.transport.base import Support, TransportOptions
+
+_ids = itertools.count()
+_PAGE_BYTES = 4096
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a buffer allocates on each rank. Pages of host memory are committed when rows first arrive in them.
+
+    segment_bytes: one receive area, for the worst case (every token of every rank comes here).
+    num_segments: how many of them; arrived rows may be kept in all but two.
+    total_bytes: what is reserved, exactly.
+    uniform_bytes: what one dispatch commits when the routing is uniform.
+    """
+
+    segment_bytes: int
+    num_segments: int
+    total_bytes: int
+    uniform_bytes: int
+
+
+@final
+class Buffer:
+    """Move tokens between the ranks of an expert-parallel group.
+
+    Args:
+        group: torch.distributed ProcessGroup, mpi4py Comm, or None: the default group if there is one, else one rank.
+        num_experts: E, experts in all.
+        hidden: H, elements of a row.
+        top_k: K, experts per token.
+        max_tokens_per_rank: M, most tokens that a rank dispatches at once.
+        dtype: dtype of the rows; combine needs float32, float16 or bfloat16.
+        transport: "auto", or one of "local", "symmetric", "collective".
+        placement: ExpertPlacement or list of expert ids per rank; None: contiguous blocks.
+        reduce: "rank" sums the rows of a token on each expert rank, then over ranks; "source" sums all of them at the
+            source, which makes results independent of the number of ranks and of the placement, bit for bit.
+        timeout_s: deadline of every wait in seconds; None: MOECOMM_TIMEOUT_S, or 60.
+        num_segments: receive areas on transport "symmetric"; arrived rows are kept without a copy in all but two.
+        device: where the rows live; None: the current accelerator, or the CPU.
+
+    Raises:
+        ConfigError: an argument is wrong, or ranks were given different ones (which field, which ranks).
+        UnsupportedError: the transport does not work here (why).
+
+    >>> import torch, moecomm
+    >>> buffer = moecomm.Buffer(num_experts=4, hidden=8, top_k=2, max_tokens_per_rank=16, dtype=torch.float32)
+    >>> x, topk_idx = torch.randn(3, 8), torch.tensor([[0, 2], [3, 1], [2, -1]])
+    >>> out = buffer.dispatch(x, topk_idx, torch.full((3, 2), 0.5))
+    >>> y = buffer.combine(2 * out.x, out.handle)
+    >>> torch.equal(y, torch.cat([2 * x[:2], x[2:]]))
+    True
+    >>> buffer.close()
+    """
+
+    def __init__(
+        self,
+        group: object = None,
+        *,
+        num_experts: int,
+        hidden: int,
+        top_k: int,
+        max_tokens_per_rank: int,
+        dtype: torch.dtype = torch.bfloat16,
+        transport: str = "auto",
+        placement: ExpertPlacement | Sequence[Sequence[int]] | None = None,
+        reduce: str = "rank",
+        timeout_s: float | None = None,
+        num_segments: int = 8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._group = Group.resolve(group)
+        self.config = BufferConfig(
+            num_experts=num_experts,
+            hidden=hidden,
+            top_k=top_k,
+            max_tokens_per_rank=max_tokens_per_rank,
+            dtype=dtype,
+            transport=_env.transport() if transport == "auto" else transport,
+            placement=_placement(placement, num_experts, self._group.size),
+            reduce=reduce,
+            timeout_s=_env.timeout_s() if timeout_s is None else timeout_s,
+            num_segments=num_segments,
+            device=_device(device),
+        )
+        self._id = next(_ids)
+        buffer_ids = self._agree()
+        topology = Topology.detect(self._group, timeout_s=self.config.timeout_s)
+        chosen, self._answers = select(self.config.transport, self._group, topology, self.config.device)
+        memory = _memory_plan(self.config, self._group.size)
+        options = TransportOptions(
+            device=self.config.device,
+            timeout_s=self.config.timeout_s,
+            segment_bytes=memory.segment_bytes,
+            num_segments=num_segments,
+            buffer_id=buffer_ids[0],
+        )
+        self._core = Core(
+            transport=chosen(self._group, topology, options),
+            tables=PlacementTables(self.config.placement, self.config.device),
+            reduce=reduce,
+            dtype=dtype,
+        )
+        self._check = Checker(self.config, self._group.rank, self._id)
+        autograd.CORES[self._id] = self._core
+
+    def _agree(self) -> list[int]:
+        """Compare the arguments of all ranks; the buffer ids of all ranks."""
+        told = self._group.all_gather_object(
+            (self._id, self.config), timeout_s=self.config.timeout_s, operation="Buffer()"
+        )
+        if differences := self.config.differences([config for _, config in told]):
+            raise ConfigError(
+                f"the ranks built different buffers: {differences}",
+                remedy="pass the same arguments on every rank",
+                rank=self._group.rank,
+            )
+        return [buffer_id for buffer_id, _ in told]
+
+    # -- operations ----------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        layout: str = "expert",
+        align: int = 1,
+        handle: DispatchHandle | None = None,
+        quant: str | None = None,
+    ) -> Dispatched:
+        """Send every token to the ranks of its experts. Collective; differentiable in x and topk_weights.
+
+        Args:
+            x: (T, H) rows in the buffer's dtype, or a pair ((T, H) rows, (T, ...) scales) of any dtypes, sent as bytes.
+                T may differ between ranks and be 0.
+            topk_idx: (T, K) int32 or int64 global expert ids, -1 for none; None with a handle.
+            topk_weights: (T, K) float32, one weight per choice; None: 1, or those of the handle.
+            layout: "expert": one row per choice, grouped by local expert, sorted by (local expert, source rank, token,
+                k). "rank": one row per token and rank, sorted by (source rank, token), with local expert ids beside it.
+            align: rows that each expert group is padded to a multiple of, with zeros; at most 256.
+            handle: replay the routing of an earlier dispatch (with its layout and align): no planning, no counts.
+            quant: not there yet.
+
+        Returns:
+            Dispatched: rows, where each expert's rows end, weights, and the handle that leads rows home.
+
+        Raises:
+            ConfigError, RoutingError, CapacityError, UnsupportedError, StaleHandleError: a wrong argument; nothing was
+                sent and the buffer goes on.
+            DesyncError, StallError, PeerLostError: the ranks did not come together; the buffer is of no more use.
+
+        >>> buffer = Buffer(num_experts=2, hidden=2, top_k=1, max_tokens_per_rank=4, dtype=torch.float32)
+        >>> out = buffer.dispatch(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1], [0]]), align=2)
+        >>> out.x.tolist(), out.expert_offsets.tolist(), out.tokens_per_expert.tolist()
+        ([[3.0, 4.0], [0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], [2, 4], [1, 1])
+        """
+        return self._dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, wait=True).wait()
+
+    def dispatch_async(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        layout: str = "expert",
+        align: int = 1,
+        handle: DispatchHandle | None = None,
+        quant: str | None = None,
+    ) -> Pending[Dispatched]:
+        """Send as `dispatch` does and return; `.wait()` gives what arrived. Waits for counts only, with a handle never.
+
+        >>> buffer = Buffer(num_experts=2, hidden=1, top_k=1, max_tokens_per_rank=4, dtype=torch.float32)
+        >>> pending = buffer.dispatch_async(torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]]))
+        >>> pending.wait().x.tolist()
+        [[2.0], [1.0]]
+        """
+        return self._dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, wait=False)
+
+    def combine(
+        self, rows: Tensor, handle: DispatchHandle, *, weighted: bool | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """Lead the rows of a dispatch home and sum them per token. Collective; differentiable in rows, weights, bias.
+
+        The sum runs in float32 in a fixed order (see `reduce` of the buffer), each product rounded before it is added,
+        and is rounded to the dtype once per level. A token without any expert gets its bias, or zero.
+
+        Args:
+            rows: (N, H) expert outputs in the buffer's dtype, in the order in which dispatch gave the rows.
+            handle: of that dispatch; any number of combines may use it.
+            weighted: multiply each row by its weight. None: yes in layout "expert"; in layout "rank", where a row
+                stands for several experts, rows are always summed as they are. False: for callers who applied
+                `row_weights` themselves.
+            bias: (T, H) in the buffer's dtype, added first.
+
+        Returns:
+            (T, H) in the buffer's dtype.
+
+        Raises:
+            As `dispatch`.
+
+        >>> buffer = Buffer(num_experts=2, hidden=1, top_k=2, max_tokens_per_rank=4, dtype=torch.float32)
+        >>> out = buffer.dispatch(torch.tensor([[1.0]]), torch.tensor([[1, 0]]), torch.tensor([[0.5, 2.0]]))
+        >>> buffer.combine(out.x, out.handle, bias=torch.tensor([[10.0]])).tolist()
+        [[12.5]]
+        """
+        return self._combine(rows, handle, weighted, bias, wait=True).wait()
+
+    def combine_async(
+        self, rows: Tensor, handle: DispatchHandle, *, weighted: bool | None = None, bias: Tensor | None = None
+    ) -> Pending[Tensor]:
+        """Send as `combine` does and return; `.wait()` gives the sums. Never waits for a peer's rows.
+
+        >>> buffer = Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=4, dtype=torch.float32)
+        >>> out = buffer.dispatch(torch.tensor([[3.0]]), torch.tensor([[0]]))
+        >>> buffer.combine_async(out.x, out.handle).wait().tolist()
+        [[3.0]]
+        """
+        return self._combine(rows, handle, weighted, bias, wait=False)
+
+    def _dispatch(
+        self, x: Any, topk_idx: Any, topk_weights: Any, layout: str, align: int, handle: Any, quant: Any, *, wait: bool
+    ) -> Pending[Dispatched]:
+        core = self._core
+        core.check_usable()
+        payloads = self._check.dispatch(x, topk_idx, topk_weights, layout, align, quant, handle)
+        rows, scales = payloads[0], payloads[1] if len(payloads) > 1 else None
+        if handle is None:
+            started = -1 if wait else self._start(start_dispatch, payloads, topk_idx, topk_weights, layout, align)
+            return Pending(
+                lambda: autograd.dispatched(rows, scales, topk_idx, topk_weights, self._id, layout, align, started)
+            )
+        started = -1 if wait else self._start(start_replay, payloads, topk_weights, handle)
+        return Pending(lambda: autograd.replayed(rows, scales, topk_weights, handle, started))
+
+    def _combine(self, rows: Any, handle: Any, weighted: bool | None, bias: Any, *, wait: bool) -> Pending[Tensor]:
+        self._core.check_usable()
+        use_weights = self._check.combine(rows, handle, weighted, bias)
+        home = Homecoming(rows=rows, weighted=use_weights, bias=bias)
+        started = -1 if wait else self._start(start_combine, home, handle)
+        return Pending(lambda: autograd.combined(rows, use_weights, bias, handle, started))
+
+    def _start(self, start: Any, *args: Any) -> int:
+        """Start an operation now; the number under which its autograd operator will find it."""
+        number = next(_ids)
+        with torch.no_grad(), self._core.guarded():
+            self._core.started[number] = start(self._core, *args)
+        return number
+
+    # -- what it is and does -------------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> Group:
+        """The ranks that share the experts."""
+        return self._group
+
+    @property
+    def transport(self) -> str:
+        """Name of the transport in use."""
+        return self._core.transport.name
+
+    @staticmethod
+    def plan_memory(
+        *,
+        num_ranks: int,
+        num_experts: int,
+        hidden: int,
+        top_k: int,
+        max_tokens_per_rank: int,
+        dtype: torch.dtype = torch.bfloat16,
+        placement: ExpertPlacement | Sequence[Sequence[int]] | None = None,
+        reduce: str = "rank",
+        num_segments: int = 8,
+    ) -> MemoryPlan:
+        """Say what a buffer of several ranks on one host reserves on each, before anything is allocated.
+
+        The other transports reserve nothing: they allocate per operation what it needs.
+
+        >>> plan = Buffer.plan_memory(num_ranks=4, num_experts=64, hidden=7168, top_k=8, max_tokens_per_rank=1024)
+        >>> plan.total_bytes == plan.num_segments * plan.segment_bytes
+        True
+        """
+        config = BufferConfig(
+            num_experts=num_experts,
+            hidden=hidden,
+            top_k=top_k,
+            max_tokens_per_rank=max_tokens_per_rank,
+            dtype=dtype,
+            transport="symmetric",
+            placement=_placement(placement, num_experts, num_ranks),
+            reduce=reduce,
+            timeout_s=1.0,
+            num_segments=num_segments,
+            device=torch.device("cpu"),
+        )
+        return _memory_plan(config, num_ranks)
+
+    def explain(self) -> str:
+        """Say which transport was chosen, and what each of them answered.
+
+        >>> print(Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).explain())
+        transport local: the group has one rank
+          not symmetric: ...
+          not collective: ...
+        rows on cpu: ...
+        """
+        return _explain(self.transport, self.config, self._answers)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since construction: operations, rows and bytes sent, leases and copies, seconds per phase.
+
+        >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).stats()["dispatches"]
+        0
+        """
+        return self._core.stats()
+
+    def close(self) -> None:
+        """Free everything; idempotent, waits for nobody. What was handed out stays valid."""
+        if not self._core.closed:
+            self._core.closed = True
+            self._core.started.clear()
+            self._core.transport.close()
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_core"):
+            self.close()
+
+
+def _placement(placement: Any, num_experts: int, num_ranks: int) -> ExpertPlacement:
+    if placement is None:
+        return ExpertPlacement.uniform(num_experts, num_ranks)
+    if not isinstance(placement, ExpertPlacement):
+        placement = ExpertPlacement.explicit(placement)
+    if placement.num_ranks != num_ranks:
+        raise ConfigError("placement is for another number of ranks", got=placement.num_ranks, expected=num_ranks)
+    return placement
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
+    """A segment holds the worst dispatch (everything comes here) or the worst combine, whichever is larger."""
+    tokens, top_k = config.max_tokens_per_rank, config.top_k
+    most_local = max(config.placement.experts_per_rank)
+    entry_bytes = config.row_bytes + 4  # the row and its weight
+    entries = num_ranks * tokens * top_k
+    tables = num_ranks * tokens * 2 * 4 * top_k
+    out_bytes = (entries + most_local * (MAX_ALIGN - 1)) * entry_bytes + tables
+    home_entries = tokens * (top_k if config.reduce == "source" else min(top_k, num_ranks))
+    home_bytes = home_entries * config.row_bytes + tokens * top_k * 4 * top_k
+    segment = -(-(max(out_bytes, home_bytes) + _PAGE_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
+    uniform = tokens * top_k * entry_bytes + tables // num_ranks
+    return MemoryPlan(segment, config.num_segments, segment * config.num_segments, uniform)
+
+
+def _explain(chosen: str, config: BufferConfig, answers: dict[str, Support]) -> str:
+    lines = [f"transport {chosen}: {answers[chosen].reason}"]
+    for name, answer in answers.items():
+        if name != chosen:
+            lines.append(f"  not {name}: {'would work; comes later in the order' if answer.ok else answer.reason}")
+    how = rows_backend() if config.device.type == "cpu" else "torch"
+    return "\n".join([*lines, f"rows on {config.device}: {how}"])

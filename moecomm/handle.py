@@ -1,0 +1,164 @@
+"""What dispatch gives back: the rows, the handle that leads them home, and the promise of either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar, final
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+T = TypeVar("T")
+
+_STATIC = ("layout", "align", "buffer_id")
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class DispatchHandle:
+    """A routing that has been planned: lead rows home with it, or replay it on other rows.
+
+    A pytree of tensors; it may be stored, moved through a custom op and used any number of times. S: entries sent,
+    Q: pairs (token, destination rank) sent, P: pairs received, N: rows received; E counts experts in flat order,
+    sorted by (rank, local id).
+
+    topk_idx: (T, K) int32 or int64 global expert ids, -1 for none.
+    topk_weights: (T, K) float32, all 1 if dispatch got none.
+    send_order: (S,) int64 entries `t * K + k` sorted by (destination rank, local expert, token, k).
+    send_slots: (S,) int32 row of each entry at its destination (layout "expert"; empty in layout "rank").
+    send_pos: (T, K) int32 position of each entry in `send_order`, -1 for none.
+    pair_tokens: (Q,) int64 token of each pair sent, sorted by (destination rank, token).
+    pair_pos: (T, W) int32 position of pair (t, w) in `pair_tokens`, -1 for none.
+    recv_table: (P, K) int32 row of each entry received (layout "expert") or its local expert id (layout "rank"),
+        -1 elsewhere; pairs sorted by (source rank, token).
+    row_weights: (N,) float32 in layout "expert", 0 in padding rows; (N, K) in layout "rank", 0 for experts elsewhere.
+    expert_counts: (W, E) int32 on the host, entries from each source rank to each expert.
+    pair_counts: (W, W) int32 on the host, pairs from each source rank to each destination rank.
+
+    >>> import torch, moecomm
+    >>> with moecomm.Buffer(num_experts=2, hidden=4, top_k=1, max_tokens_per_rank=8, dtype=torch.float32) as buffer:
+    ...     out = buffer.dispatch(torch.ones(2, 4), torch.tensor([[1], [0]]))
+    >>> out.handle.send_order.tolist(), out.handle.num_tokens
+    ([1, 0], 2)
+    """
+
+    topk_idx: Tensor
+    topk_weights: Tensor
+    send_order: Tensor
+    send_slots: Tensor
+    send_pos: Tensor
+    pair_tokens: Tensor
+    pair_pos: Tensor
+    recv_table: Tensor
+    row_weights: Tensor
+    expert_counts: Tensor
+    pair_counts: Tensor
+    layout: str
+    align: int
+    buffer_id: int
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens of this rank."""
+        return self.topk_idx.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors in field order."""
+        return [getattr(self, name) for name in HANDLE_TENSORS]
+
+
+HANDLE_TENSORS = tuple(f.name for f in fields(DispatchHandle) if f.name not in _STATIC)
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Dispatched:
+    """What this rank received. N rows; a pytree of tensors.
+
+    x: (N, H) rows, bit-identical to the sent ones; a pair (rows, scales) if a pair was dispatched. Padding rows are 0.
+    expert_offsets: (L,) int32 end of each local expert's padded group, ready for `grouped_mm(offs=)`; layout "expert".
+    tokens_per_expert: (L,) int32 rows of each local expert without padding.
+    row_weights: (N,) float32 weight of each row, 0 in padding; None in layout "rank".
+    topk_idx: (N, K) int32 local expert ids, -1 for experts elsewhere; None in layout "expert".
+    topk_weights: (N, K) float32, 0 for experts elsewhere; None in layout "expert".
+    handle: leads rows home.
+
+    >>> import torch, moecomm
+    >>> with moecomm.Buffer(num_experts=2, hidden=1, top_k=1, max_tokens_per_rank=8, dtype=torch.float32) as buffer:
+    ...     out = buffer.dispatch(torch.tensor([[5.0], [7.0]]), torch.tensor([[1], [0]]))
+    >>> out.x.tolist(), out.expert_offsets.tolist()
+    ([[7.0], [5.0]], [1, 2])
+    """
+
+    x: Tensor | tuple[Tensor, Tensor]
+    expert_offsets: Tensor | None
+    tokens_per_expert: Tensor
+    row_weights: Tensor | None
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    handle: DispatchHandle
+
+
+def _register(cls: type[Any], static: tuple[str, ...]) -> None:
+    names = tuple(f.name for f in fields(cls) if f.name not in static)
+
+    def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(value, name) for name in names], tuple(getattr(value, name) for name in static)
+
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        return [(pytree.GetAttrKey(name), getattr(value, name)) for name in names], flatten(value)[1]
+
+    def unflatten(children: Any, context: tuple[Any, ...]) -> Any:
+        return cls(**dict(zip(names, children, strict=True)), **dict(zip(static, context, strict=True)))
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        flatten_with_keys_fn=flatten_with_keys,
+        serialized_type_name=f"moecomm.{cls.__name__}",
+    )
+
+
+_register(DispatchHandle, _STATIC)
+_register(Dispatched, ())
+
+
+@final
+class Pending(Generic[T]):
+    """The result of an operation that has been started.
+
+    Exchanges complete in the order in which they were started on every rank, whatever the order of the waits.
+
+    >>> import torch, moecomm
+    >>> with moecomm.Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=8, dtype=torch.float32) as buffer:
+    ...     pending = buffer.dispatch_async(torch.tensor([[5.0]]), torch.tensor([[0]]))
+    ...     pending.wait().x.tolist()
+    [[5.0]]
+    """
+
+    __slots__ = ("_error", "_finish", "_result")
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish: Callable[[], T] | None = finish
+        self._result: T | None = None
+        self._error: BaseException | None = None
+
+    def wait(self) -> T:
+        """Wait for the result; later calls give the same one (or the same error) again."""
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            try:
+                self._result = finish()
+            except BaseException as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+
+def empty_like_none(value: Tensor | None, device: torch.device) -> Tensor:
+    """An empty tensor in place of None: custom ops return tensors only."""
+    return torch.empty(0, device=device) if value is None else value

@@ -1,0 +1,407 @@
+"""Dispatch and combine as data flow: plan, move, arrange. No checks, no autograd.
+
+Every operation is a `start_*` that sends, and returns its `finish` that waits and arranges. The same route carries
+rows out (dispatch) and, transposed, home (combine, and the gradient of dispatch).
+
+Legend: T tokens, K top-k, W ranks, S entries (token, k) sent, Q pairs (token, rank) sent, P pairs received, N rows
+received.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecomm.errors import MoECommError, PeerLostError, StaleHandleError
+from moecomm.handle import DispatchHandle
+from moecomm.plan import Counts, PlacementTables, SendPlan, pair_table, plan_send, send_slots
+from moecomm.rows import reduce_rows
+from moecomm.transport.base import Exchange, Lane, Transport, as_bytes
+
+
+@dataclass(eq=False)
+class Core:
+    """What operations work with: who moves rows, who holds which expert, how to reduce; and what was counted."""
+
+    transport: Transport
+    tables: PlacementTables
+    reduce: str
+    dtype: torch.dtype
+    counters: Counter[str] = field(default_factory=Counter)
+    phase_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    started: dict[int, Callable[[], Any]] = field(default_factory=dict)
+    failure: MoECommError | None = None
+    closed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """This rank in its group."""
+        return self.transport.group.rank
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent to the named phase."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.phase_s[name] += perf_counter() - start
+
+    def stats(self) -> dict[str, float]:
+        """All counters, those of the transport included."""
+        names = ("dispatches", "replays", "combines", "rows_local", "rows_remote", "bytes_local", "bytes_remote")
+        phases = ("plan", "counts", "send", "wait", "arrange")
+        counted = {name: self.counters[name] for name in names}
+        return counted | {f"{name}_s": self.phase_s[name] for name in phases} | self.transport.stats()
+
+    def check_usable(self) -> None:
+        """Refuse to begin anything on a buffer that was closed, or that failed earlier."""
+        if self.closed:
+            raise StaleHandleError("the buffer is closed", remedy="build a new Buffer", rank=self.rank)
+        if self.failure is not None:
+            before = self.failure
+            what = f"this buffer failed earlier and cannot go on: {before.what}"
+            raise type(before)(what, remedy="build a new Buffer", rank=self.rank, peers=before.peers)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Run a part of an operation that peers take part in: if it breaks here, they are told and nothing goes on."""
+        self.check_usable()
+        try:
+            yield
+        except MoECommError as error:
+            self.failure = error
+            raise
+        except BaseException as error:
+            what = f"rank {self.rank} broke off with {type(error).__name__}: {error}"
+            self.failure = PeerLostError(what, rank=self.rank, operation="an operation", peers=[self.rank])
+            self.transport.abort(self.failure)
+            raise
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Route:
+    """Where rows go, planned: enough to send out and to lead home. slots_S is None in layout "rank"."""
+
+    counts: Counts
+    order_S: Tensor
+    slots_S: Tensor | None
+    pair_tokens_Q: Tensor
+    top_k: int
+
+    @property
+    def moved_WW(self) -> np.ndarray:
+        """(W, W) rows from each source to each destination: one per entry, or one per pair."""
+        return self.counts.pair_counts if self.slots_S is None else self.counts.entries
+
+
+def handle_counts(core: Core, handle: DispatchHandle) -> Counts:
+    """The counts that a handle holds."""
+    rank_starts = core.tables.rank_starts
+    return Counts(handle.expert_counts.numpy(), handle.pair_counts.numpy(), rank_starts, core.rank, handle.align)
+
+
+def route_of(core: Core, handle: DispatchHandle) -> Route:
+    """The route that a handle stands for."""
+    counts = handle_counts(core, handle)
+    slots_S = handle.send_slots if handle.layout == "expert" else None
+    return Route(counts, handle.send_order, slots_S, handle.pair_tokens, handle.topk_idx.shape[1])
+
+
+# -- moving ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Parcel:
+    """One payload to move. fill(exchange, lane number, destination, section): write this rank's section."""
+
+    lane: Lane
+    fill: Callable[[Exchange, int, int, slice], None]
+
+
+def rows_parcel(lane: Lane, rows: Tensor, index: Tensor | None = None) -> Parcel:
+    """Rows of any dtype as they are: `rows[index]`, or all of them, sorted by destination."""
+    source = as_bytes(rows)
+
+    def fill(exchange: Exchange, number: int, dst: int, section: slice) -> None:
+        if index is None:
+            exchange.target(number, dst).copy_(source[section])
+        else:
+            exchange.put(number, dst, source, index[section])
+
+    return Parcel(lane, fill)
+
+
+def sums_parcel(lane: Lane, rows: Tensor, table_PK: Tensor, weights_N: Tensor | None) -> Parcel:
+    """Rows summed by a table on their way: each destination gets its section of the table."""
+
+    def fill(exchange: Exchange, number: int, dst: int, section: slice) -> None:
+        reduce_rows(exchange.target(number, dst).view(rows.dtype), rows, table_PK[section], weights_N)
+
+    return Parcel(lane, fill)
+
+
+def send(core: Core, tag: str, parcels: Sequence[Parcel], *, agreed: bool = False) -> Exchange:
+    """Open an exchange, fill every lane for every destination, commit.
+
+    Each rank begins with the one behind it, so that not everybody writes to the same one at once.
+    """
+    with core.phase("send"):
+        exchange = core.transport.open(tag, [parcel.lane for parcel in parcels], agreed=agreed)
+        for number, parcel in enumerate(parcels):
+            ends = np.cumsum(parcel.lane.send_counts).tolist()
+            for step in range(1, len(ends) + 1):
+                dst = (core.rank + step) % len(ends)
+                section = slice(ends[dst] - int(parcel.lane.send_counts[dst]), ends[dst])
+                if section.start < section.stop:
+                    parcel.fill(exchange, number, dst, section)
+        count_traffic(core, [parcel.lane for parcel in parcels])
+        exchange.commit()
+    return exchange
+
+
+def contiguous_lane(rows_WW: np.ndarray, rank: int, row_bytes: int) -> Lane:
+    """The lane in which rank s sends `rows_WW[s, d]` rows to rank d, where they lie sorted by source."""
+    return Lane(
+        row_bytes=row_bytes,
+        out_rows=rows_WW.sum(0, dtype=np.int64),
+        send_counts=rows_WW[rank],
+        send_starts=rows_WW[:rank].sum(0, dtype=np.int64),
+        recv_counts=rows_WW[:, rank],
+    )
+
+
+def out_lane(route: Route, row_bytes: int) -> Lane:
+    """The lane of rows on their way out: into expert groups, or one per pair."""
+    counts = route.counts
+    if route.slots_S is None:
+        return contiguous_lane(counts.pair_counts, counts.rank, row_bytes)
+    return Lane(
+        row_bytes=row_bytes,
+        out_rows=counts.rows_of_rank,
+        send_counts=counts.entries[counts.rank],
+        send_slots=route.slots_S,
+        recv_counts=counts.entries[:, counts.rank],
+        recv_slots=counts.recv_slots,
+    )
+
+
+def home_parcel(core: Core, route: Route, rows: Tensor) -> Parcel:
+    """One row per entry (layout "expert") or pair (layout "rank") on its way home, sorted by where it was."""
+    lane = contiguous_lane(route.moved_WW.T, core.rank, row_bytes_of(rows))
+    return rows_parcel(lane, rows, None if route.slots_S is None else _on(rows.device, route.counts.recv_slots()))
+
+
+def row_bytes_of(rows: Tensor) -> int:
+    """Bytes of one row of (N, ...) rows, N = 0 included."""
+    return rows.element_size() * math.prod(rows.shape[1:])
+
+
+def _on(device: torch.device, values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).to(device)
+
+
+def count_traffic(core: Core, lanes: Sequence[Lane]) -> None:
+    """Count the rows and bytes that this rank sends; those to itself apart."""
+    for number, lane in enumerate(lanes):
+        local, total = int(lane.send_counts[core.rank]), int(lane.send_counts.sum())
+        core.counters["bytes_local"] += local * lane.row_bytes
+        core.counters["bytes_remote"] += (total - local) * lane.row_bytes
+        if number == 0:
+            core.counters["rows_local"] += local
+            core.counters["rows_remote"] += total - local
+
+
+# -- dispatch ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Arrived:
+    """What a dispatch brought. weights: (N,) or (N, K) float32, None if none were sent; table: (P, K) int32."""
+
+    rows: Tensor
+    scales: Tensor | None
+    weights: Tensor | None
+    table: Tensor | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Planned:
+    """What a planned dispatch knows beside what arrived."""
+
+    arrived: Arrived
+    route: Route
+    plan: SendPlan
+
+
+def start_dispatch(
+    core: Core, payloads: Sequence[Tensor], topk_idx_TK: Tensor, topk_weights_TK: Tensor | None, layout: str, align: int
+) -> Callable[[], Planned]:
+    """Plan a routing and send (T, ...) payloads along it, with the tables that lead their rows home."""
+    with core.phase("plan"):
+        plan = plan_send(topk_idx_TK, core.tables)
+    top_k = topk_idx_TK.shape[1]
+    tag = dispatch_tag(payloads, topk_weights_TK, layout, align, top_k)
+    with core.phase("counts"):
+        gathered = core.transport.gather_counts(tag, plan.counts)
+    with core.phase("plan"):
+        counts = Counts.of(gathered, core.tables, core.rank, align)
+        slots_S = send_slots(plan, counts) if layout == "expert" else None
+        route = Route(counts, plan.order_S, slots_S, plan.pair_tokens_Q, top_k)
+        table_QK = pair_table(plan, _table_values(core, plan, slots_S), -1)
+    parcels = out_parcels(core, route, payloads, topk_weights_TK, topk_idx_TK)
+    parcels.append(rows_parcel(contiguous_lane(counts.pair_counts, core.rank, 4 * top_k), table_QK))
+    exchange = send(core, tag, parcels, agreed=True)
+    core.counters["dispatches"] += 1
+    return lambda: Planned(finish_out(core, exchange, route, payloads, topk_weights_TK is not None), route, plan)
+
+
+def start_replay(
+    core: Core, payloads: Sequence[Tensor], topk_weights_TK: Tensor | None, handle: DispatchHandle
+) -> Callable[[], Arrived]:
+    """Send (T, ...) payloads along a planned route: no planning, no counts, no tables."""
+    route = route_of(core, handle)
+    tag = dispatch_tag(payloads, topk_weights_TK, handle.layout, handle.align, route.top_k) + " replay"
+    exchange = send(core, tag, out_parcels(core, route, payloads, topk_weights_TK, handle.topk_idx))
+    core.counters["replays"] += 1
+    return lambda: finish_out(core, exchange, route, payloads, topk_weights_TK is not None)
+
+
+def dispatch_tag(
+    payloads: Sequence[Tensor], topk_weights_TK: Tensor | None, layout: str, align: int, top_k: int
+) -> str:
+    """What every rank must agree on in a dispatch."""
+    kinds = ",".join(f"{str(payload.dtype).removeprefix('torch.')}{list(payload.shape[1:])}" for payload in payloads)
+    weights = "none" if topk_weights_TK is None else "given"
+    return f"dispatch layout={layout} align={align} top_k={top_k} weights={weights} payload={kinds}"
+
+
+def _table_values(core: Core, plan: SendPlan, slots_S: Tensor | None) -> Tensor:
+    """(T, K) int32 what the receiver needs to know of every entry: its row, or its local expert."""
+    if slots_S is None:
+        return core.tables.local_of_flat[plan.flat_TK]
+    slot_TK = torch.full_like(plan.pos_TK, -1)
+    slot_TK.view(-1)[plan.order_S] = slots_S
+    return slot_TK
+
+
+def out_parcels(
+    core: Core, route: Route, payloads: Sequence[Tensor], topk_weights_TK: Tensor | None, topk_idx_TK: Tensor
+) -> list[Parcel]:
+    """The payloads, and the weights when there are any, on their way out."""
+    tokens = route.pair_tokens_Q if route.slots_S is None else route.order_S // route.top_k
+    parcels = [rows_parcel(out_lane(route, row_bytes_of(payload)), payload, tokens) for payload in payloads]
+    if topk_weights_TK is None:
+        return parcels
+    if route.slots_S is not None:
+        return [*parcels, rows_parcel(out_lane(route, 4), topk_weights_TK.reshape(-1, 1), route.order_S)]
+    elsewhere_QK = ~entry_of_pair(core, route, topk_idx_TK)
+    weights_QK = topk_weights_TK[route.pair_tokens_Q].masked_fill_(elsewhere_QK, 0)
+    return [*parcels, rows_parcel(out_lane(route, 4 * route.top_k), weights_QK)]
+
+
+def entry_of_pair(core: Core, route: Route, topk_idx_TK: Tensor) -> Tensor:
+    """(Q, K) bool: which of the token's choices lie on the pair's rank."""
+    rank_TK = core.tables.rank_of_flat[core.tables.flat_of_expert[topk_idx_TK.long()]]
+    pair_counts = _on(rank_TK.device, route.counts.pair_counts[core.rank])
+    pair_ranks_Q = torch.repeat_interleave(torch.arange(len(pair_counts), device=rank_TK.device), pair_counts)
+    return rank_TK[route.pair_tokens_Q] == pair_ranks_Q[:, None]
+
+
+def finish_out(core: Core, exchange: Exchange, route: Route, payloads: Sequence[Tensor], weighted: bool) -> Arrived:
+    """Wait for a dispatch and arrange what arrived: first the payloads, then weights, then the table."""
+    with core.phase("wait"):
+        arrived = exchange.wait()
+    with core.phase("arrange"):
+        rows = like_payload(exchange.own(0), payloads[0])
+        rest = iter([lane.clone() for lane in arrived[1:]])
+        exchange.release()
+        scales = like_payload(next(rest), payloads[1]) if len(payloads) > 1 else None
+        weights = next(rest).view(torch.float32) if weighted else None
+        table = next(rest, None)
+        if route.slots_S is not None:
+            weights = weights.view(-1) if weights is not None else None
+            padding = route.counts.padding_rows()
+            if padding.size:
+                for part in (rows, scales, weights):
+                    if part is not None:
+                        as_bytes(part)[_on(part.device, padding)] = 0
+    return Arrived(rows, scales, weights, table.view(torch.int32) if table is not None else None)
+
+
+def like_payload(rows: Tensor, payload: Tensor) -> Tensor:
+    """View (N, row_bytes) uint8 as rows of the payload's dtype and shape."""
+    return rows.view(payload.dtype).view(rows.shape[0], *payload.shape[1:])
+
+
+# -- combine -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Homecoming:
+    """What a combine leads home.
+
+    rows: (N, H) rows to sum, None to lead home `carried` only. weighted: multiply them by the handle's weights.
+    bias: (T, H) added at the source. carried: (N,) or (N, K) float32 values beside the rows, not summed.
+    """
+
+    rows: Tensor | None
+    weighted: bool = False
+    bias: Tensor | None = None
+    carried: Tensor | None = None
+
+
+def start_combine(
+    core: Core, home: Homecoming, handle: DispatchHandle
+) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+    """Lead rows home; `finish` gives the (T, H) sums and the carried values as (T, K)."""
+    route = route_of(core, handle)
+    rows, parcels = home.rows, []
+    if rows is not None and handle.layout == "expert" and core.reduce == "rank":
+        lane = contiguous_lane(route.counts.pair_counts.T, core.rank, row_bytes_of(rows))
+        parcels = [sums_parcel(lane, rows, handle.recv_table, handle.row_weights if home.weighted else None)]
+    elif rows is not None:
+        parcels = [home_parcel(core, route, rows)]
+    if home.carried is not None:
+        carried = home.carried if home.carried.ndim == 2 else home.carried[:, None]
+        parcels.append(home_parcel(core, route, carried))
+    carries = f"{'' if rows is None else 'rows'}{'' if home.carried is None else '+weights'}"
+    tag = f"combine layout={handle.layout} top_k={route.top_k} weighted={home.weighted} carries={carries}"
+    exchange = send(core, tag, parcels)
+    core.counters["combines"] += 1
+    return lambda: finish_home(core, exchange, route, home, handle)
+
+
+def finish_home(
+    core: Core, exchange: Exchange, route: Route, home: Homecoming, handle: DispatchHandle
+) -> tuple[Tensor | None, Tensor | None]:
+    """Wait for a combine; sum what came home of every token in a fixed order."""
+    with core.phase("wait"):
+        arrived = exchange.wait()
+    with core.phase("arrange"):
+        summed = carried = None
+        if home.rows is not None:
+            summed = home.rows.new_empty(handle.num_tokens, home.rows.shape[1])
+            by_entry = handle.layout == "expert" and core.reduce == "source"
+            table = handle.send_pos if by_entry else handle.pair_pos
+            weights = handle.topk_weights if by_entry and home.weighted else None
+            reduce_rows(summed, arrived[0].view(home.rows.dtype), table, weights, home.bias)
+        if home.carried is not None:
+            carried = torch.zeros(handle.topk_idx.shape, device=home.carried.device)
+            came = arrived[-1].view(torch.float32)
+            if route.slots_S is not None:
+                carried.view(-1)[route.order_S] = came.view(-1)
+            else:
+                here_QK = entry_of_pair(core, route, handle.topk_idx)
+                carried.index_add_(0, route.pair_tokens_Q, came.masked_fill(~here_QK, 0))
+        exchange.release()
+    return summed, carried

@@ -1,0 +1,208 @@
+"""Planning: who sends which row where. Pure functions of the routing; no communication.
+
+Shape suffixes: T tokens, K top-k, W ranks, E experts in flat order (sorted by (rank, local id)), S sent (token, k)
+entries, P pairs received, Q pairs sent. A *pair* is a (token, destination rank): one row in layout "rank".
+Counts are small and live on the host (numpy); per-token tables live on the device of the routing (torch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecomm.placement import ExpertPlacement
+
+
+@dataclass(frozen=True)
+class PlacementTables:
+    """An `ExpertPlacement` as look-up tables; index -1 (no expert) hits the sentinel in the last entry."""
+
+    placement: ExpertPlacement
+    device: torch.device
+    flat_of_expert: Tensor = field(init=False)  # (E + 1,) int64: global id -> flat id, sentinel E
+    rank_of_flat: Tensor = field(init=False)  # (E + 1,) int64, sentinel W
+    local_of_flat: Tensor = field(init=False)  # (E + 1,) int32, sentinel -1
+    rank_starts: np.ndarray = field(init=False)  # (W + 1,) int64: first flat id of every rank
+
+    def __post_init__(self) -> None:
+        held = self.placement.experts_of_rank
+        flat_of = np.empty(self.placement.num_experts + 1, np.int64)
+        flat_of[np.asarray(self.placement.flat_experts, np.int64)] = np.arange(self.placement.num_experts)
+        flat_of[-1] = self.placement.num_experts
+        rank_of = [rank for rank, experts in enumerate(held) for _ in experts] + [len(held)]
+        local_of = [i for experts in held for i, _ in enumerate(experts)] + [-1]
+        object.__setattr__(self, "flat_of_expert", torch.from_numpy(flat_of).to(self.device))
+        object.__setattr__(self, "rank_of_flat", torch.tensor(rank_of, dtype=torch.int64, device=self.device))
+        object.__setattr__(self, "local_of_flat", torch.tensor(local_of, dtype=torch.int32, device=self.device))
+        object.__setattr__(self, "rank_starts", np.cumsum([0] + [len(experts) for experts in held]))
+
+
+@dataclass(frozen=True)
+class SendPlan:
+    """What this rank sends, from its own routing alone.
+
+    counts: (E + W,) int32 on the host: entries per flat expert, then pairs per destination rank.
+    flat_TK: (T, K) int64 flat expert of every entry, E for none.
+    order_S: (S,) int64 entries `t * K + k` sorted by (destination rank, local expert, token, k).
+    pos_TK: (T, K) int32 position of every entry in `order_S`, -1 for none.
+    rank_TK: (T, K) int64 destination rank of every entry, W for none.
+    pair_tokens_Q, pair_ranks_Q: (Q,) int64 token and destination of every pair, sorted by (destination, token).
+    pair_pos_TW: (T, W) int32 position of pair (t, w) in that order, -1 for none.
+    """
+
+    counts: np.ndarray
+    flat_TK: Tensor
+    order_S: Tensor
+    pos_TK: Tensor
+    rank_TK: Tensor
+    pair_tokens_Q: Tensor
+    pair_ranks_Q: Tensor
+    pair_pos_TW: Tensor
+
+
+def plan_send(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
+    """Sort the entries of a routing by destination.
+
+    topk_idx_TK: (T, K) int32 or int64 global expert ids, -1 for none; ids must be valid.
+
+    >>> tables = PlacementTables(ExpertPlacement.uniform(4, 2), torch.device("cpu"))
+    >>> plan = plan_send(torch.tensor([[3, 0], [0, 1]]), tables)
+    >>> plan.counts.tolist()  # experts 0..3, then pairs for ranks 0 and 1
+    [2, 1, 0, 1, 2, 1]
+    >>> plan.order_S.tolist(), plan.pair_tokens_Q.tolist(), plan.pair_pos_TW.tolist()
+    ([1, 2, 3, 0], [0, 1, 0], [[0, 2], [1, -1]])
+    """
+    num_tokens, top_k = topk_idx_TK.shape
+    num_experts, num_ranks = tables.placement.num_experts, tables.placement.num_ranks
+    device = topk_idx_TK.device
+    flat_TK = tables.flat_of_expert[topk_idx_TK.long()]
+    order = torch.sort(flat_TK.view(-1), stable=True).indices
+    expert_counts = torch.bincount(flat_TK.view(-1), minlength=num_experts + 1)[:num_experts]
+    rank_TK = tables.rank_of_flat[flat_TK]
+    has_TW = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool, device=device)
+    has_TW.scatter_(1, rank_TK, True)
+    has_WT = has_TW[:, :num_ranks].t().contiguous()
+    pairs = has_WT.nonzero()
+    counts = torch.cat([expert_counts, has_WT.sum(1)]).to("cpu", torch.int32).numpy()
+    num_sent = int(counts[:num_experts].sum())
+    order_S = order[:num_sent]
+    pos_TK = torch.full((num_tokens * top_k,), -1, dtype=torch.int32, device=device)
+    pos_TK[order_S] = torch.arange(num_sent, dtype=torch.int32, device=device)
+    pair_pos_WT = torch.full((num_ranks, num_tokens), -1, dtype=torch.int32, device=device)
+    pair_pos_WT[has_WT] = torch.arange(len(pairs), dtype=torch.int32, device=device)
+    return SendPlan(
+        counts, flat_TK, order_S, pos_TK.view(num_tokens, top_k), rank_TK, pairs[:, 1], pairs[:, 0], pair_pos_WT.t()
+    )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The counts of all ranks and what follows from them; the same on every rank but for `rank`.
+
+    expert_counts: (W, E) int32 entries that each source rank sends to each flat expert.
+    pair_counts: (W, W) int32 pairs from each source rank to each destination rank.
+    """
+
+    expert_counts: np.ndarray
+    pair_counts: np.ndarray
+    rank_starts: np.ndarray
+    rank: int
+    align: int
+
+    @classmethod
+    def of(cls, gathered: np.ndarray, tables: PlacementTables, rank: int, align: int) -> Counts:
+        """Split the gathered (W, E + W) count rows."""
+        num_experts = tables.placement.num_experts
+        return cls(gathered[:, :num_experts], gathered[:, num_experts:], tables.rank_starts, rank, align)
+
+    @cached_property
+    def mine(self) -> slice:
+        """My experts in flat order."""
+        return slice(int(self.rank_starts[self.rank]), int(self.rank_starts[self.rank + 1]))
+
+    @cached_property
+    def padded(self) -> np.ndarray:
+        """(E,) rows of every expert group, padded to `align`."""
+        totals = self.expert_counts.sum(0, dtype=np.int64)
+        return totals if self.align == 1 else -(-totals // self.align) * self.align
+
+    @cached_property
+    def group_starts(self) -> np.ndarray:
+        """(E,) first row of every expert group in its rank's output."""
+        ends = np.concatenate([[0], np.cumsum(self.padded)])
+        return ends[:-1] - np.repeat(ends[self.rank_starts[:-1]], np.diff(self.rank_starts))
+
+    @cached_property
+    def run_starts(self) -> np.ndarray:
+        """(W, E) first row of the run of each source rank in each expert group."""
+        before = np.cumsum(self.expert_counts, 0, dtype=np.int64) - self.expert_counts
+        return before + self.group_starts
+
+    @cached_property
+    def rows_of_rank(self) -> np.ndarray:
+        """(W,) rows in layout "expert" that every rank receives, padding included."""
+        ends = np.concatenate([[0], np.cumsum(self.padded)])
+        return np.diff(ends[self.rank_starts])
+
+    @cached_property
+    def entries(self) -> np.ndarray:
+        """(W, W) entries from each source rank to each destination rank."""
+        ends = np.zeros((self.expert_counts.shape[0], self.expert_counts.shape[1] + 1), np.int64)
+        np.cumsum(self.expert_counts, 1, out=ends[:, 1:])
+        return np.diff(ends[:, self.rank_starts], axis=1)
+
+    @cached_property
+    def tokens_per_expert(self) -> np.ndarray:
+        """(L,) int32 rows of my experts without padding."""
+        return self.expert_counts[:, self.mine].sum(0, dtype=np.int32)
+
+    @cached_property
+    def expert_offsets(self) -> np.ndarray:
+        """(L,) int32 end of each of my padded groups."""
+        return np.cumsum(self.padded[self.mine]).astype(np.int32)
+
+    def padding_rows(self) -> np.ndarray:
+        """Rows of my output that no rank writes."""
+        ends = self.group_starts[self.mine] + self.padded[self.mine]
+        runs = [np.arange(end - pad, end) for end, pad in zip(ends, self._padding(), strict=True) if pad]
+        return np.concatenate(runs) if runs else np.empty(0, np.int64)
+
+    def _padding(self) -> np.ndarray:
+        return self.padded[self.mine] - self.tokens_per_expert
+
+    def recv_slots(self) -> np.ndarray:
+        """Row of every entry that I receive, sorted by (source rank, local expert, token, k).
+
+        >>> tables = PlacementTables(ExpertPlacement.uniform(2, 1), torch.device("cpu"))
+        >>> counts = Counts.of(np.array([[2, 1, 2]], np.int32), tables, rank=0, align=4)
+        >>> counts.recv_slots().tolist(), counts.padding_rows().tolist(), counts.expert_offsets.tolist()
+        ([0, 1, 4], [2, 3, 5, 6, 7], [4, 8])
+        """
+        runs = self.expert_counts[:, self.mine].ravel()
+        starts = self.run_starts[:, self.mine].ravel()
+        before = np.cumsum(runs, dtype=np.int64) - runs
+        return np.repeat(starts - before, runs) + np.arange(int(runs.sum()))
+
+
+def send_slots(plan: SendPlan, counts: Counts) -> Tensor:
+    """(S,) int32 row of every sent entry in its destination's output, in the order of `plan.order_S`."""
+    mine = counts.expert_counts[counts.rank]
+    shift = counts.run_starts[counts.rank] - (np.cumsum(mine, dtype=np.int64) - mine)
+    slots = np.repeat(shift, mine) + np.arange(len(plan.order_S))
+    return torch.from_numpy(slots.astype(np.int32)).to(plan.order_S.device)
+
+
+def pair_table(plan: SendPlan, value_TK: Tensor, missing: float) -> Tensor:
+    """(Q, K) `value_TK` of the entries that go to the pair's rank, `missing` elsewhere.
+
+    >>> tables = PlacementTables(ExpertPlacement.uniform(4, 2), torch.device("cpu"))
+    >>> plan = plan_send(torch.tensor([[3, 0], [0, 1]]), tables)
+    >>> pair_table(plan, tables.local_of_flat[plan.flat_TK], -1).tolist()
+    [[-1, 0], [0, 1], [1, -1]]
+    """
+    here = plan.rank_TK[plan.pair_tokens_Q] == plan.pair_ranks_Q[:, None]
+    return value_TK[plan.pair_tokens_Q].masked_fill_(~here, missing)

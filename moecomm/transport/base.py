@@ -1,0 +1,146 @@
+"""The seam between moving rows and everything else.
+
+A transport moves rows by a route. It knows nothing of experts or weights: an exchange is a list of *lanes*, each
+lane one payload with fixed row bytes, and for each lane every rank says how many rows go where in the destination's
+output. One exchange is open, filled, committed and waited for; several may be in flight, in the same order on
+every rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecomm.errors import MoECommError
+from moecomm.group import Group
+from moecomm.topology import Topology
+
+TAG_BYTES = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether something works here, and why (not)."""
+
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lane:
+    """One payload of an exchange.
+
+    row_bytes: bytes of a row.
+    out_rows: (W,) rows of every rank's output, rows that nobody writes included.
+    send_counts: (W,) rows from this rank to each rank.
+    send_slots: (sum of send_counts,) int32 their place in the destination's output, sorted by destination rank; or
+        None: they are contiguous from `send_starts[w]`.
+    send_starts: (W,) first row at each destination when `send_slots` is None.
+    recv_counts: (W,) rows from each rank to this one.
+    recv_slots: gives (sum of recv_counts,) the place of every row in order of arrival (source rank, then the order
+        of its sends); None: they arrive in output order.
+    """
+
+    row_bytes: int
+    out_rows: np.ndarray
+    send_counts: np.ndarray
+    recv_counts: np.ndarray
+    send_slots: Tensor | None = None
+    send_starts: np.ndarray | None = None
+    recv_slots: Callable[[], np.ndarray] | None = None
+
+
+class Exchange(ABC):
+    """One exchange in flight; buffers are (rows, row_bytes) uint8 tensors."""
+
+    @abstractmethod
+    def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
+        """Send rows `src[index]` as this rank's section of `lane` to rank `dst`."""
+
+    @abstractmethod
+    def target(self, lane: int, dst: int) -> Tensor:
+        """Where to write this rank's rows of a contiguous lane for rank `dst`."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Everything is put: let it go. Never waits for a peer's rows."""
+
+    @abstractmethod
+    def wait(self) -> list[Tensor]:
+        """Wait for all peers; the outputs of all lanes, valid until `release`."""
+
+    @abstractmethod
+    def own(self, lane: int) -> Tensor:
+        """Like `wait()[lane]`, but the tensor belongs to the caller for as long as he keeps it."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """The outputs that are not owned are no longer needed."""
+
+
+class Transport(ABC):
+    """Moves rows between the ranks of one group."""
+
+    name: str
+    group: Group
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
+        """Say whether this transport works for that group on that device."""
+
+    @abstractmethod
+    def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
+        """All-gather (C,) int32 counts into (W, C); `tag` (what is being done) must agree on all ranks."""
+
+    @abstractmethod
+    def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
+        """Begin an exchange; `tag` must agree on all ranks, and has already if `agreed` (after `gather_counts`)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; idempotent, never waits for a peer."""
+
+    def abort(self, error: MoECommError) -> None:  # noqa: B027
+        """Tell the peers, where that is possible, that this rank gave up in the middle of an operation."""
+
+    def stats(self) -> dict[str, int]:
+        """Counters of this transport."""
+        return {}
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes that this transport holds for as long as it is open."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class TransportOptions:
+    """What a transport needs to know of its buffer.
+
+    segment_bytes: bytes of one receive area. buffer_id: unique in the group, the same on all its ranks.
+    """
+
+    device: torch.device
+    timeout_s: float
+    segment_bytes: int
+    num_segments: int
+    buffer_id: int
+
+
+def as_bytes(rows: Tensor) -> Tensor:
+    """View (N, ...) rows of any dtype as (N, row_bytes) uint8."""
+    flat = rows.reshape(rows.shape[0], -1) if rows.shape[0] else rows.reshape(0, _row_elements(rows))
+    return flat.view(torch.uint8)
+
+
+def _row_elements(rows: Tensor) -> int:
+    count = 1
+    for length in rows.shape[1:]:
+        count *= length
+    return count

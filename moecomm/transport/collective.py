@@ -1,0 +1,160 @@
+"""Any torch.distributed backend: pack, all_to_all_single, unpack. The portable fallback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import NoReturn, final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
+from moecomm.group import Group
+from moecomm.rows import copy_rows
+from moecomm.topology import Topology
+from moecomm.transport.base import TAG_BYTES, Exchange, Lane, Support, Transport, TransportOptions
+
+_SLICE_S = 0.5  # how often a waiting rank looks whether another one gave up
+_ROLL_CALL_S = 1.0  # what the others get to say that they are there, once somebody gave up
+
+
+@final
+class CollectiveTransport(Transport):
+    """Rows travel as bytes, so that every backend carries every dtype."""
+
+    name = "collective"
+
+    def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
+        assert group.process_group is not None
+        self.group, self.device, self.timeout_s = group, options.device, options.timeout_s
+        self.process_group: dist.ProcessGroup = group.process_group
+        self._store = dist.PrefixStore(f"moecomm/collective/{options.buffer_id}", self.process_group.get_group_store())
+        self._seq = 0
+
+    @classmethod
+    def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
+        if group.process_group is None:
+            return Support(False, "the group is not one of torch.distributed")
+        try:
+            backend = group.process_group._get_backend(device).name()
+        except RuntimeError:
+            return Support(False, f"the process group has no backend for {device.type} tensors")
+        return Support(True, f"all_to_all_single of {backend}")
+
+    def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
+        """Every operation begins with one of these: it is also where disagreement shows."""
+        name = np.frombuffer(tag.encode()[:TAG_BYTES].ljust(TAG_BYTES), np.uint8)
+        blob = torch.from_numpy(np.concatenate([name, counts.astype(np.int32).view(np.uint8)])).to(self.device)
+        blobs = blob.new_empty(self.group.size, len(blob))
+        # A list of views, not one tensor: that is the form every backend has.
+        self.finish(dist.all_gather(list(blobs), blob, group=self.process_group, async_op=True), tag)
+        gathered = blobs.cpu().numpy()
+        tags = [row[:TAG_BYTES].tobytes().decode().rstrip() for row in gathered]
+        if error := DesyncError.among(tags, self.group.rank, self._seq):
+            raise error
+        return gathered[:, TAG_BYTES:].copy().view(np.int32)
+
+    def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
+        if not agreed:
+            self.gather_counts(tag, np.empty(0, np.int32))
+        self._seq += 1
+        return CollectiveExchange(self, tag, lanes)
+
+    def close(self) -> None: ...
+
+    def finish(self, work: dist.Work, tag: str) -> None:
+        """Wait for a collective until the deadline, or until another rank gave up."""
+        start = time.monotonic()
+        while True:
+            left = self.timeout_s - (time.monotonic() - start)
+            try:
+                work.wait(timedelta(seconds=max(0.001, min(_SLICE_S, left))))
+                return
+            except RuntimeError as error:
+                failed = work.is_completed() or "timed out" not in str(error).lower()
+                if failed or left <= _SLICE_S or self._store.check(["gave_up"]):
+                    stalled = not failed
+                    self._give_up(tag, stalled, time.monotonic() - start, error)
+
+    def _give_up(self, tag: str, stalled: bool, waited_s: float, cause: RuntimeError) -> NoReturn:
+        """Call the roll: the backend does not say who is missing, the store does."""
+        operation = tag.split(" ")[0]
+        where = {"rank": self.group.rank, "operation": operation, "seq": self._seq}
+        missing: Sequence[int] = ()
+        try:
+            self._store.set("gave_up", b"1")
+            self.group.all_gather_object(operation, timeout_s=_ROLL_CALL_S + 2 * _SLICE_S, operation="roll call")
+        except MoECommError as absent:
+            missing = absent.peers
+        except (dist.DistError, RuntimeError):
+            missing = ()
+        who = f"ranks {list(missing)} do not answer" if missing else "no rank could be named"
+        if stalled:
+            what = f"gave up after {waited_s:.1f} s: {who}"
+            remedy = "look at what those ranks do, or raise timeout_s"
+            raise StallError(what, remedy=remedy, **where, peers=missing) from cause
+        raise PeerLostError(f"the backend lost a peer: {who}", got=str(cause), **where, peers=missing) from cause
+
+
+@final
+class CollectiveExchange(Exchange):
+    """Rows packed by destination; one all_to_all_single per lane; rows unpacked where they do not lie in order."""
+
+    def __init__(self, transport: CollectiveTransport, tag: str, lanes: Sequence[Lane]) -> None:
+        self._transport, self._tag, self._lanes = transport, tag, lanes
+        self._packed = [self._empty(lane.send_counts.sum(), lane.row_bytes) for lane in lanes]
+        self._starts = [np.cumsum(lane.send_counts) - lane.send_counts for lane in lanes]
+        self._works: list[dist.Work] = []
+        self._received: list[Tensor] = []
+        self._out: list[Tensor] | None = None
+
+    def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
+        copy_rows(self.target(lane, dst), src, index)
+
+    def target(self, lane: int, dst: int) -> Tensor:
+        start = int(self._starts[lane][dst])
+        return self._packed[lane][start : start + int(self._lanes[lane].send_counts[dst])]
+
+    def commit(self) -> None:
+        for lane, packed in zip(self._lanes, self._packed, strict=True):
+            received = self._empty(lane.recv_counts.sum(), lane.row_bytes)
+            work = dist.all_to_all_single(
+                received,
+                packed,
+                lane.recv_counts.tolist(),
+                lane.send_counts.tolist(),
+                group=self._transport.process_group,
+                async_op=True,
+            )
+            self._works.append(work)
+            self._received.append(received)
+
+    def wait(self) -> list[Tensor]:
+        if self._out is None:
+            for work in self._works:
+                self._transport.finish(work, self._tag)
+            self._out = [
+                received if lane.recv_slots is None else self._unpack(lane, received)
+                for lane, received in zip(self._lanes, self._received, strict=True)
+            ]
+            self._packed, self._received = [], []
+        return self._out
+
+    def own(self, lane: int) -> Tensor:
+        return self.wait()[lane]
+
+    def release(self) -> None: ...
+
+    def _unpack(self, lane: Lane, received: Tensor) -> Tensor:
+        assert lane.recv_slots is not None
+        out = self._empty(lane.out_rows[self._transport.group.rank], lane.row_bytes)
+        slots = torch.from_numpy(lane.recv_slots()).to(out.device)
+        copy_rows(out, received, torch.arange(len(received), device=out.device), slots)
+        return out
+
+    def _empty(self, num_rows: int, row_bytes: int) -> Tensor:
+        return torch.empty(int(num_rows), row_bytes, dtype=torch.uint8, device=self._transport.device)

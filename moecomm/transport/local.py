@@ -1,0 +1,72 @@
+"""One rank: dispatch is a permutation and nothing travels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecomm.group import Group
+from moecomm.rows import copy_rows
+from moecomm.topology import Topology
+from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
+
+
+@final
+class LocalExchange(Exchange):
+    """Rows go from the caller's tensor to the output; the output is the caller's."""
+
+    def __init__(self, lanes: Sequence[Lane], device: torch.device) -> None:
+        self._lanes = lanes
+        self._out = [
+            torch.empty(int(lane.out_rows[0]), lane.row_bytes, dtype=torch.uint8, device=device) for lane in lanes
+        ]
+
+    def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
+        spec = self._lanes[lane]
+        if spec.send_slots is None:
+            copy_rows(self.target(lane, dst), src, index)
+        else:
+            copy_rows(self._out[lane], src, index, spec.send_slots)
+
+    def target(self, lane: int, dst: int) -> Tensor:
+        start = int(self._lanes[lane].send_starts[dst])  # type: ignore[index]
+        return self._out[lane][start : start + int(self._lanes[lane].send_counts[dst])]
+
+    def commit(self) -> None: ...
+
+    def wait(self) -> list[Tensor]:
+        return self._out
+
+    def own(self, lane: int) -> Tensor:
+        return self._out[lane]
+
+    def release(self) -> None: ...
+
+
+@final
+class LocalTransport(Transport):
+    """A group of one rank."""
+
+    name = "local"
+
+    def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
+        self.group = group
+        self._device = options.device
+
+    @classmethod
+    def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
+        if group.size == 1:
+            return Support(True, "the group has one rank")
+        return Support(False, f"the group has {group.size} ranks, local serves one")
+
+    def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
+        return counts[None]
+
+    def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
+        return LocalExchange(lanes, self._device)
+
+    def close(self) -> None: ...

@@ -1,0 +1,180 @@
+"""Ranks that share memory: every row is written straight into its final slot in the peer's memory.
+
+One copy, no send staging. Each rank owns a pool of receive segments. With the last message of an operation it says
+in which segment it wants the rows of the next one, so a sender never asks; a segment is announced again only when
+nobody uses what arrived in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecomm.errors import CapacityError, MoECommError
+from moecomm.group import Group
+from moecomm.memory.channel import Channel, Kind
+from moecomm.memory.host import HostMemory, SegmentPool, host_memory_support
+from moecomm.rows import copy_rows
+from moecomm.topology import Topology
+from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
+
+LANE_ALIGN_BYTES = 64
+
+
+@final
+class SymmetricTransport(Transport):
+    """Host memory shared by all ranks of the group, signals over Unix-domain sockets."""
+
+    name = "symmetric"
+
+    def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
+        self.group = group
+        nbytes = options.segment_bytes * options.num_segments
+        fd = HostMemory.create(nbytes)
+        try:
+            memory = HostMemory(fd, nbytes)
+            self.pool = SegmentPool(memory, options.num_segments)
+            self.ticket = self.pool.take()
+            self.channel = Channel(group, options.timeout_s, fd, self.ticket)
+        finally:
+            os.close(fd)
+        self._memory_of = {group.rank: memory.tensor}
+        for peer, peer_fd in self.channel.descriptors.items():
+            self._memory_of[peer] = HostMemory(peer_fd, nbytes).tensor
+        self.seq = 0
+        self.unwaited: deque[SymmetricExchange] = deque()
+        self.num_copies = 0
+        self._nbytes = nbytes
+
+    @classmethod
+    def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
+        if device.type != "cpu":
+            return Support(False, f"symmetric memory on {device.type} is not there yet, only on cpu")
+        if reason := host_memory_support():
+            return Support(False, reason)
+        if not topology.is_single_node:
+            return Support(False, f"the ranks are spread over {topology.num_nodes} nodes")
+        return Support(True, "all ranks share the memory of one host")
+
+    def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
+        self.channel.post(Kind.ARRIVE, self.seq, tag=tag, payload=counts.tobytes())
+        gathered = np.empty((self.group.size, len(counts)), np.int32)
+        gathered[self.group.rank] = counts
+        for peer, message in self.channel.collect(Kind.ARRIVE, self.seq, tag).items():
+            gathered[peer] = np.frombuffer(message.payload, np.int32)
+        return gathered
+
+    def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
+        return SymmetricExchange(self, tag, lanes)
+
+    def close(self) -> None:
+        self.channel.close()
+        self._memory_of.clear()
+
+    def abort(self, error: MoECommError) -> None:
+        self.channel.abort(error)
+
+    def stats(self) -> dict[str, int]:
+        return {"leases": self.pool.num_leases, "copies": self.num_copies, "free_segments": self.pool.num_free}
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._nbytes
+
+    def rows_at(self, rank: int, segment: int, offset: int, num_rows: int, row_bytes: int) -> Tensor:
+        """A (num_rows, row_bytes) uint8 view into a rank's memory."""
+        start = segment * self.pool.segment_bytes + offset
+        return self._memory_of[rank][start : start + num_rows * row_bytes].view(num_rows, row_bytes)
+
+    def reserve(self) -> int:
+        """A free segment for the next operation; if all are taken, the oldest arrival is moved out of its own."""
+        while not self.pool.num_free:
+            self.unwaited[0].move_out()
+        return self.pool.take()
+
+
+@final
+class SymmetricExchange(Exchange):
+    """Rows written into peers' segments; complete when every peer has said so."""
+
+    def __init__(self, transport: SymmetricTransport, tag: str, lanes: Sequence[Lane]) -> None:
+        self._transport, self._tag, self._lanes = transport, tag, lanes
+        self._rank, self._segment = transport.group.rank, transport.ticket
+        out_bytes = np.array([lane.out_rows * lane.row_bytes for lane in lanes]).reshape(len(lanes), -1)
+        aligned = -(-out_bytes // LANE_ALIGN_BYTES) * LANE_ALIGN_BYTES
+        if aligned.sum(0).max() > transport.pool.segment_bytes:
+            raise CapacityError(
+                "the rows do not fit the receive segment",
+                got=f"{aligned.sum(0).max()} bytes on rank {aligned.sum(0).argmax()}",
+                expected=f"at most {transport.pool.segment_bytes}",
+                remedy="raise max_tokens_per_rank, or send smaller rows",
+                rank=self._rank,
+            )
+        self._offsets = np.cumsum(aligned, 0) - aligned  # (lanes, W)
+        self._sections = [np.cumsum(lane.send_counts) - lane.send_counts for lane in lanes]
+        self._seq = transport.seq
+        self._segments = transport.channel.tickets(self._seq, tag) | {self._rank: self._segment}
+        transport.seq += 1
+        self._out: list[Tensor] | None = None
+        self._holds_segment = True
+
+    def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
+        spec = self._lanes[lane]
+        if spec.send_slots is None:
+            copy_rows(self.target(lane, dst), src, index)
+        else:
+            start = int(self._sections[lane][dst])
+            slots = spec.send_slots[start : start + int(spec.send_counts[dst])]
+            copy_rows(self._view(lane, dst), src, index, slots)
+
+    def target(self, lane: int, dst: int) -> Tensor:
+        start = int(self._lanes[lane].send_starts[dst])  # type: ignore[index]
+        return self._view(lane, dst)[start : start + int(self._lanes[lane].send_counts[dst])]
+
+    def commit(self) -> None:
+        transport = self._transport
+        transport.unwaited.append(self)
+        transport.ticket = transport.reserve()
+        transport.channel.post(Kind.DONE, self._seq, ticket=transport.ticket, tag=self._tag)
+
+    def wait(self) -> list[Tensor]:
+        if self._out is None:
+            self._transport.channel.collect(Kind.DONE, self._seq, self._tag)
+            self._transport.unwaited.remove(self)
+            self._out = [self._view(lane, self._rank) for lane in range(len(self._lanes))]
+        return self._out
+
+    def own(self, lane: int) -> Tensor:
+        view = self.wait()[lane]
+        if not self._holds_segment:
+            return view
+        if not view.numel() or not self._transport.pool.num_free:
+            self._transport.num_copies += bool(view.numel())
+            view = view.clone()
+        else:
+            offset = int(self._offsets[lane][self._rank])
+            view = self._transport.pool.lease(self._segment, offset, view.numel()).view(view.shape)
+            self._holds_segment = False
+        return view
+
+    def release(self) -> None:
+        if self._holds_segment:
+            self._transport.pool.give_back(self._segment)
+            self._holds_segment = False
+
+    def move_out(self) -> None:
+        """Complete early and free the segment; `wait` and `own` then give private copies."""
+        self._out = [view.clone() for view in self.wait()]
+        self._transport.num_copies += 1
+        self.release()
+
+    def _view(self, lane: int, rank: int) -> Tensor:
+        spec = self._lanes[lane]
+        offset, num_rows = int(self._offsets[lane][rank]), int(spec.out_rows[rank])
+        return self._transport.rows_at(rank, self._segments[rank], offset, num_rows, spec.row_bytes)
