@@ -64,16 +64,21 @@ def copy_kernel(src_index_bits: int, out_index_bits: int, streaming: bool) -> Ke
 def _copy_row(
     b: ir.IRBuilder, out: ir.Value, src: ir.Value, upcoming: ir.Value, row_bytes: ir.Value, streaming: bool
 ) -> None:
-    line, start = ir.VectorType(I64, LINE_BYTES // 8), _i64(0)
-    for kind, size, count in ((line, LINE_BYTES, UNROLL), (line, LINE_BYTES, 1), (I64, 8, 1), (I8, 1, 1)):
-        with _loop(b, start, b.sub(row_bytes, _i64(size * count - 1)), size * count) as at:
-            offsets = [b.add(at.i, _i64(size * n)) for n in range(count)]
-            if count > 1:
-                _prefetch(b, upcoming, offsets)
-            values = [_load(b, b.add(src, offset), kind) for offset in offsets]
+    """Stream whole blocks; the rest, or everything, is left to memcpy of the C library, which knows the machine."""
+    done: ir.Value = _i64(0)
+    if streaming:
+        line = ir.VectorType(I64, LINE_BYTES // 8)
+        with _loop(b, done, b.sub(row_bytes, _i64(LINE_BYTES * UNROLL - 1)), LINE_BYTES * UNROLL) as at:
+            offsets = [b.add(at.i, _i64(LINE_BYTES * n)) for n in range(UNROLL)]
+            _prefetch(b, upcoming, offsets)
+            values = [_load(b, b.add(src, offset), line) for offset in offsets]
             for offset, value in zip(offsets, values, strict=True):
-                _store(b, value, b.add(out, offset), streaming=streaming and size == LINE_BYTES)
-        start = at.i
+                _store(b, value, b.add(out, offset), streaming)
+        done = at.i
+    pointer = I8.as_pointer()
+    memcpy = b.module.declare_intrinsic("llvm.memcpy", [pointer, pointer, I64])
+    places = (b.inttoptr(b.add(base, done), pointer) for base in (out, src))
+    b.call(memcpy, [*places, b.sub(row_bytes, done), ir.Constant(BOOL, 0)])
 
 
 @cache
