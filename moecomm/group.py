@@ -80,8 +80,7 @@ class _StoreExchange:
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = store, rank, size
-        self._keys: dist.Store | None = None
+        self._keys, self._rank, self._size = dist.PrefixStore("moecomm", store), rank, size
         self._seq = 0
 
     def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
@@ -98,24 +97,17 @@ class _StoreExchange:
                 operation=wait.operation,
             ) from error
 
-    def _open(self) -> dist.Store:
-        """Return the store under a prefix that no earlier life of this process group has used."""
-        if self._keys is None:
-            life = self._store.add(f"moecomm/life/{self._rank}", 1)
-            self._keys = dist.PrefixStore(f"moecomm/{life}", self._store)
-        return self._keys
-
-    def _absent(self, keys: dist.Store, kind: str) -> list[int]:
-        return [rank for rank in range(self._size) if not keys.check([f"{kind}/{rank}"])]
+    def _absent(self, kind: str) -> list[int]:
+        return [rank for rank in range(self._size) if not self._keys.check([f"{kind}/{rank}"])]
 
     def _collect(self, seq: int, blob: bytes, wait: _Wait) -> list[bytes]:
-        keys, others = self._open(), range(1, self._size)
+        keys, others = self._keys, range(1, self._size)
         came, left, verdict = f"{seq}/came", f"{seq}/left", f"{seq}/verdict"
         _put(keys, f"{came}/0", b"1")
         for rank in others:
             while not keys.check([f"{came}/{rank}"]):
                 if not wait.pause():
-                    absent = self._absent(keys, came)
+                    absent = self._absent(came)
                     _put(keys, verdict, pickle.dumps((absent, [])))
                     raise wait.stall(absent)
         blobs = [blob, *(keys.get(f"{came}/{rank}") for rank in others)]
@@ -123,17 +115,17 @@ class _StoreExchange:
         for rank in others:
             while not keys.check([f"{left}/{rank}"]):
                 if not wait.pause():
-                    raise wait.stall([r for r in self._absent(keys, left) if r], "leave")
+                    raise wait.stall([r for r in self._absent(left) if r], "leave")
         for key in (f"{came}/0", verdict, *(f"{kind}/{rank}" for kind in (came, left) for rank in others)):
             keys.delete_key(key)
         return blobs
 
     def _submit(self, seq: int, blob: bytes, wait: _Wait) -> list[bytes]:
-        keys = self._open()
+        keys = self._keys
         _put(keys, f"{seq}/came/{self._rank}", blob)
         while not keys.check([f"{seq}/verdict"]):
             if not wait.pause():
-                raise wait.stall(self._absent(keys, f"{seq}/came") or [0])
+                raise wait.stall(self._absent(f"{seq}/came") or [0])
         absent, blobs = pickle.loads(keys.get(f"{seq}/verdict"))
         if absent:
             raise wait.stall(absent)
