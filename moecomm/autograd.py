@@ -75,7 +75,7 @@ def dispatch(
     host = [torch.from_numpy(counts.expert_counts.copy()), torch.from_numpy(counts.pair_counts.copy())]
     small = [torch.from_numpy(a).to(x.device) for a in (counts.expert_offsets, counts.tokens_per_expert)]
     scales_out = x.new_empty(0) if arrived.scales is None else arrived.scales
-    sent = [plan.order_S, slots, plan.pos_TK, plan.pair_tokens_Q.contiguous(), plan.pair_pos_TW.contiguous()]
+    sent = [plan.order_S, slots, plan.pos_TK, plan.pair_tokens_Q, plan.pair_pos_TW]
     return (arrived.rows, scales_out, weights, *small, *sent, arrived.table, *host)  # type: ignore[return-value]
 
 
@@ -265,20 +265,22 @@ def _(
 def _combine_setup(ctx: Any, inputs: Any, output: Any) -> None:
     rows, row_weights, _, handle, ctx.buffer_id, ctx.layout, ctx.align, _ = inputs
     ctx.weighted = row_weights is not None
-    kept = (rows, row_weights) if ctx.weighted else ()
+    # The rows are kept for the gradient of the weights only.
+    kept = () if row_weights is None else (row_weights, rows) if row_weights.requires_grad else (row_weights,)
     ctx.save_for_backward(*handle, *kept)
 
 
 def _combine_backward(ctx: Any, grad: Tensor) -> Any:
     needs_rows, needs_weights, needs_bias = ctx.needs_input_grad[:3]
-    handle, kept = ctx.saved_tensors[: len(HANDLE_TENSORS)], ctx.saved_tensors[len(HANDLE_TENSORS) :]
+    saved = ctx.saved_tensors  # once: checkpointing recomputes at the first access and refuses a second one
+    handle, kept = saved[: len(HANDLE_TENSORS)], saved[len(HANDLE_TENSORS) :]
     grad_rows = grad_weights = None
     if needs_rows or needs_weights:
         grad_rows = torch.ops.moecomm.replay(
             grad.contiguous(), None, None, handle, ctx.buffer_id, ctx.layout, ctx.align, -1
         )[0]
     if ctx.weighted and grad_rows is not None:
-        grad_rows, grad_weights = torch.ops.moecomm.scale_grad(grad_rows, *kept)
+        grad_rows, grad_weights = torch.ops.moecomm.scale_grad(grad_rows, *kept, *[None] * (2 - len(kept)))
     outs = (grad_rows if needs_rows else None, grad_weights if needs_weights else None, grad if needs_bias else None)
     return (*outs, [None] * len(HANDLE_TENSORS), None, None, None, None)
 
@@ -287,16 +289,18 @@ combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 
 
 @torch.library.custom_op("moecomm::scale_grad", mutates_args=())
-def scale_grad(grad: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `weights[:, None] * rows`."""
-    grad_rows, grad_weights = torch.empty_like(grad), torch.empty_like(weights)
-    scale_rows_grad(grad_rows, grad_weights, grad, rows.contiguous(), weights)
+def scale_grad(grad: Tensor, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of `weights[:, None] * rows`; without rows that of the weights is empty."""
+    grad_rows = torch.empty_like(grad)
+    grad_weights = weights.new_empty(0) if rows is None else torch.empty_like(weights)
+    given = grad if rows is None else rows.contiguous()
+    scale_rows_grad(grad_rows, None if rows is None else grad_weights, grad, given, weights)
     return grad_rows, grad_weights
 
 
 @scale_grad.register_fake
-def _(grad: Any, rows: Any, weights: Any) -> Any:
-    return torch.empty_like(grad), torch.empty_like(weights)
+def _(grad: Any, weights: Any, rows: Any) -> Any:
+    return torch.empty_like(grad), weights.new_empty(0) if rows is None else torch.empty_like(weights)
 
 
 # -- what the operators give, as the caller gets it -----------------------------------------------------------------

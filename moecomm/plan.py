@@ -89,13 +89,20 @@ def plan_send(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
     pairs = has_WT.nonzero()
     counts = torch.cat([expert_counts, has_WT.sum(1)]).to("cpu", torch.int32).numpy()
     num_sent = int(counts[:num_experts].sum())
-    order_S = order[:num_sent]
+    order_S = order[:num_sent].clone()
     pos_TK = torch.full((num_tokens * top_k,), -1, dtype=torch.int32, device=device)
     pos_TK[order_S] = torch.arange(num_sent, dtype=torch.int32, device=device)
     pair_pos_WT = torch.full((num_ranks, num_tokens), -1, dtype=torch.int32, device=device)
     pair_pos_WT[has_WT] = torch.arange(len(pairs), dtype=torch.int32, device=device)
     return SendPlan(
-        counts, flat_TK, order_S, pos_TK.view(num_tokens, top_k), rank_TK, pairs[:, 1], pairs[:, 0], pair_pos_WT.t()
+        counts=counts,
+        flat_TK=flat_TK,
+        order_S=order_S,
+        pos_TK=pos_TK.view(num_tokens, top_k),
+        rank_TK=rank_TK,
+        pair_tokens_Q=pairs[:, 1].clone(),
+        pair_ranks_Q=pairs[:, 0],
+        pair_pos_TW=pair_pos_WT.t().contiguous(),
     )
 
 
