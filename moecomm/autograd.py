@@ -24,7 +24,7 @@ from moecomm.operations import (
     start_dispatch,
     start_replay,
 )
-from moecomm.rows import scale_rows_grad
+from moecomm.rows import empty_rows, scale_rows_grad
 
 CORES: WeakValueDictionary[int, Core] = WeakValueDictionary()
 
@@ -291,7 +291,7 @@ combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 @torch.library.custom_op("moecomm::scale_grad", mutates_args=())
 def scale_grad(grad: Tensor, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of `weights[:, None] * rows`; without rows that of the weights is empty."""
-    grad_rows = torch.empty_like(grad)
+    grad_rows = empty_rows(*grad.shape, grad.dtype, grad.device)
     grad_weights = weights.new_empty(0) if rows is None else torch.empty_like(weights)
     given = grad if rows is None else rows.contiguous()
     scale_rows_grad(grad_rows, None if rows is None else grad_weights, grad, given, weights)

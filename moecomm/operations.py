@@ -24,7 +24,7 @@ from torch import Tensor
 from moecomm.errors import MoECommError, PeerLostError, StaleHandleError
 from moecomm.handle import DispatchHandle
 from moecomm.plan import Counts, PlacementTables, SendPlan, pair_table, plan_send, send_slots
-from moecomm.rows import reduce_rows
+from moecomm.rows import empty_rows, reduce_rows
 from moecomm.transport.base import Exchange, Lane, Transport, as_bytes
 
 
@@ -390,7 +390,7 @@ def finish_home(
     with core.phase("arrange"):
         summed = carried = None
         if home.rows is not None:
-            summed = home.rows.new_empty(handle.num_tokens, home.rows.shape[1])
+            summed = empty_rows(handle.num_tokens, home.rows.shape[1], home.rows.dtype, home.rows.device)
             by_entry = handle.layout == "expert" and core.reduce == "source"
             table = handle.send_pos if by_entry else handle.pair_pos
             weights = handle.topk_weights if by_entry and home.weighted else None

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,21 @@ def _load_jit() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"llvmlite is not usable: {error}"
     return _rows_jit, ""
+
+
+def empty_rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate (num_rows, width) rows; on a CPU in huge pages where the system has them.
+
+    numpy asks for huge pages and torch does not: 58 MB of fresh memory take 46 ms to touch without, 2 ms with them
+    (EPYC virtual machine, 2026-11-23).
+
+    >>> empty_rows(2, 3, torch.bfloat16, torch.device("cpu")).shape
+    torch.Size([2, 3])
+    """
+    if device.type != "cpu":
+        return torch.empty(num_rows, width, dtype=dtype, device=device)
+    rows = torch.from_numpy(np.empty(num_rows * width * dtype.itemsize, np.uint8))
+    return rows.view(dtype).view(num_rows, width)
 
 
 def copy_rows(out: Tensor, src: Tensor, src_index: Tensor, out_index: Tensor | None = None) -> None:

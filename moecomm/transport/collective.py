@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
 from moecomm.group import Group
-from moecomm.rows import copy_rows
+from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
 from moecomm.transport.base import TAG_BYTES, Exchange, Lane, Support, Transport, TransportOptions
 
@@ -157,4 +157,4 @@ class CollectiveExchange(Exchange):
         return out
 
     def _empty(self, num_rows: int, row_bytes: int) -> Tensor:
-        return torch.empty(int(num_rows), row_bytes, dtype=torch.uint8, device=self._transport.device)
+        return empty_rows(int(num_rows), row_bytes, torch.uint8, self._transport.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moecomm.group import Group
-from moecomm.rows import copy_rows
+from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
 from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
 
@@ -21,9 +21,7 @@ class LocalExchange(Exchange):
 
     def __init__(self, lanes: Sequence[Lane], device: torch.device) -> None:
         self._lanes = lanes
-        self._out = [
-            torch.empty(int(lane.out_rows[0]), lane.row_bytes, dtype=torch.uint8, device=device) for lane in lanes
-        ]
+        self._out = [empty_rows(int(lane.out_rows[0]), lane.row_bytes, torch.uint8, device) for lane in lanes]
 
     def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
         spec = self._lanes[lane]

@@ -20,7 +20,7 @@ from moecomm.errors import CapacityError, MoECommError
 from moecomm.group import Group
 from moecomm.memory.channel import Channel, Kind
 from moecomm.memory.host import HostMemory, SegmentPool, host_memory_support
-from moecomm.rows import copy_rows
+from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
 from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
 
@@ -156,7 +156,7 @@ class SymmetricExchange(Exchange):
             return view
         if not view.numel() or not self._transport.pool.num_free:
             self._transport.num_copies += bool(view.numel())
-            view = view.clone()
+            view = _private(view)
         else:
             offset = int(self._offsets[lane][self._rank])
             view = self._transport.pool.lease(self._segment, offset, view.numel()).view(view.shape)
@@ -170,7 +170,7 @@ class SymmetricExchange(Exchange):
 
     def move_out(self) -> None:
         """Complete early and free the segment; `wait` and `own` then give private copies."""
-        self._out = [view.clone() for view in self.wait()]
+        self._out = [_private(view) for view in self.wait()]
         self._transport.num_copies += 1
         self.release()
 
@@ -178,3 +178,7 @@ class SymmetricExchange(Exchange):
         spec = self._lanes[lane]
         offset, num_rows = int(self._offsets[lane][rank]), int(spec.out_rows[rank])
         return self._transport.rows_at(rank, self._segments[rank], offset, num_rows, spec.row_bytes)
+
+
+def _private(rows: Tensor) -> Tensor:
+    return empty_rows(*rows.shape, rows.dtype, rows.device).copy_(rows)
