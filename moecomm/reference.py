@@ -37,7 +37,7 @@ class ReferenceDispatched:
         expert_offsets: (L,) int32, end of each local expert's padded group; None in layout "rank".
         tokens_per_expert: (L,) int32, (token, k) entries of each local expert, without padding.
         row_weights: (N,) float32, weight of the entry that a row stands for, 0 in padding; None in layout "rank".
-        topk_idx: (N, K) int64, local expert ids, -1 for "not here"; None in layout "expert".
+        topk_idx: (N, K) int32, local expert ids, -1 for "not here"; None in layout "expert".
         topk_weights: (N, K) float32, 0 where `topk_idx` is -1; None in layout "expert".
         source_rank: (N,) int64, rank that sent the row, -1 in padding.
         source_token: (N,) int64, its token index there, -1 in padding.
@@ -110,14 +110,17 @@ def dispatch(
     if layout == "rank" and align != 1:
         raise UnsupportedError('layout "rank" has no groups to align', got=align, expected=1)
     if topk_weights is None:
-        topk_weights = [torch.ones(idx.shape, dtype=torch.float32) for idx in topk_idxs]
-    weights = [w.detach().to(torch.float32) for w in topk_weights]
-    choices = [idx.tolist() for idx in topk_idxs]
-    arrange = _arrange_by_expert if layout == "expert" else _arrange_by_rank
-    return [
-        arrange(placement.experts_of_rank[rank], xs, choices, weights, align, scales)
-        for rank in range(placement.num_ranks)
-    ]
+        topk_weights = [torch.ones(idx.shape) for idx in topk_idxs]
+    world = _World(
+        xs=xs,
+        scales=scales,
+        choices=[idx.tolist() for idx in topk_idxs],
+        weights=[w.detach().to(torch.float32).tolist() for w in topk_weights],
+        top_k=topk_idxs[0].shape[1],
+    )
+    if layout == "rank":
+        return [_arrange_by_rank(world, experts) for experts in placement.experts_of_rank]
+    return [_arrange_by_expert(world, experts, align) for experts in placement.experts_of_rank]
 
 
 def combine(
@@ -263,20 +266,24 @@ def _check_routing(
             )
 
 
-def _arrange_by_expert(
-    experts: Sequence[int],
-    xs: Sequence[Tensor],
-    choices: Sequence[list[list[int]]],
-    weights: Sequence[Tensor],
-    align: int,
-    scales: Sequence[Tensor] | None,
-) -> ReferenceDispatched:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _World:
+    """The inputs of all ranks, routings as nested lists: choices[rank][token][k]."""
+
+    xs: Sequence[Tensor]
+    scales: Sequence[Tensor] | None
+    choices: list[list[list[int]]]
+    weights: list[list[list[float]]]
+    top_k: int
+
+
+def _arrange_by_expert(world: _World, experts: Sequence[int], align: int) -> ReferenceDispatched:
     origins: list[Origin] = []
     ends, counts = [], []
     for expert in experts:
         before = len(origins)
-        for source in range(len(xs)):
-            for token, chosen in enumerate(choices[source]):
+        for source in range(len(world.xs)):
+            for token, chosen in enumerate(world.choices[source]):
                 for k, choice in enumerate(chosen):
                     if choice == expert:
                         origins.append((source, token, k))
@@ -284,56 +291,47 @@ def _arrange_by_expert(
         while len(origins) % align:
             origins.append(_PADDING)
         ends.append(len(origins))
-    row_weights = [0.0 if o == _PADDING else float(weights[o[0]][o[1], o[2]]) for o in origins]
+    row_weights = [0.0 if o == _PADDING else world.weights[o[0]][o[1]][o[2]] for o in origins]
     return ReferenceDispatched(
         layout="expert",
-        x=_copy_rows(xs, origins),
-        scales=None if scales is None else _copy_rows(scales, origins),
+        x=_copy_rows(world.xs, origins),
+        scales=None if world.scales is None else _copy_rows(world.scales, origins),
         expert_offsets=torch.tensor(ends, dtype=torch.int32),
         tokens_per_expert=torch.tensor(counts, dtype=torch.int32),
         row_weights=torch.tensor(row_weights, dtype=torch.float32),
         topk_idx=None,
         topk_weights=None,
         **_provenance(origins),
-        tokens_of_rank=tuple(x.shape[0] for x in xs),
+        tokens_of_rank=tuple(x.shape[0] for x in world.xs),
     )
 
 
-def _arrange_by_rank(
-    experts: Sequence[int],
-    xs: Sequence[Tensor],
-    choices: Sequence[list[list[int]]],
-    weights: Sequence[Tensor],
-    align: int,
-    scales: Sequence[Tensor] | None,
-) -> ReferenceDispatched:
-    assert align == 1, "checked by dispatch"
+def _arrange_by_rank(world: _World, experts: Sequence[int]) -> ReferenceDispatched:
     origins: list[Origin] = []
     local_ids, local_weights = [], []
     counts = [0] * len(experts)
-    for source in range(len(xs)):
-        for token, chosen in enumerate(choices[source]):
+    for source in range(len(world.xs)):
+        for token, chosen in enumerate(world.choices[source]):
             ids = [experts.index(choice) if choice in experts else -1 for choice in chosen]
             if all(local == -1 for local in ids):
                 continue
             origins.append((source, token, -1))
             local_ids.append(ids)
-            local_weights.append([0.0 if i == -1 else float(weights[source][token, k]) for k, i in enumerate(ids)])
+            local_weights.append([0.0 if i == -1 else world.weights[source][token][k] for k, i in enumerate(ids)])
             for local in ids:
                 if local != -1:
                     counts[local] += 1
-    top_k = weights[0].shape[1]
     return ReferenceDispatched(
         layout="rank",
-        x=_copy_rows(xs, origins),
-        scales=None if scales is None else _copy_rows(scales, origins),
+        x=_copy_rows(world.xs, origins),
+        scales=None if world.scales is None else _copy_rows(world.scales, origins),
         expert_offsets=None,
         tokens_per_expert=torch.tensor(counts, dtype=torch.int32),
         row_weights=None,
-        topk_idx=torch.tensor(local_ids, dtype=torch.int64).reshape(len(origins), top_k),
-        topk_weights=torch.tensor(local_weights, dtype=torch.float32).reshape(len(origins), top_k),
+        topk_idx=torch.tensor(local_ids, dtype=torch.int32).reshape(len(origins), world.top_k),
+        topk_weights=torch.tensor(local_weights, dtype=torch.float32).reshape(len(origins), world.top_k),
         **_provenance(origins),
-        tokens_of_rank=tuple(x.shape[0] for x in xs),
+        tokens_of_rank=tuple(x.shape[0] for x in world.xs),
     )
 
 

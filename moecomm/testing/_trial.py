@@ -1,0 +1,331 @@
+"""One case on one buffer in one layout: what conformance does, operation by operation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+import moecomm
+from moecomm import reference
+from moecomm.errors import MoECommError, UnsupportedError
+from moecomm.reference import ReferenceDispatched
+from moecomm.testing.asserts import assert_bitwise, assert_error_bounded
+from moecomm.testing.cases import Case
+from moecomm.testing.provenance import provenance_rows
+
+_DELAY_S = 0.002
+_REPLAY_ROUND = 50  # payloads of replays come from rounds far from those of dispatches
+_POISON_BYTE = 255  # NaN in every floating dtype
+
+
+class Checks:
+    """Collects failures instead of raising them: a rank that stops in the middle would leave the others waiting."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.failures: list[str] = []
+
+    def bitwise(self, actual: Tensor, expected: Tensor, what: str, origin: Callable[[int], str] | None = None) -> None:
+        self._take(lambda: assert_bitwise(actual, expected, what, origin))
+
+    def bounded(self, actual: Tensor, baseline: Tensor, exact: Tensor, what: str) -> None:
+        self._take(lambda: assert_error_bounded(actual, baseline, exact, what))
+
+    def refused(self, call: Callable[[], object], kind: type[MoECommError], what: str) -> None:
+        self.count += 1
+        try:
+            call()
+        except kind:
+            return
+        except MoECommError as error:
+            self.failures.append(f"{what}: expected {kind.__name__}, got {error!r}")
+            return
+        self.failures.append(f"{what}: expected {kind.__name__}, but nothing was raised")
+
+    def _take(self, check: Callable[[], None]) -> None:
+        self.count += 1
+        try:
+            check()
+        except AssertionError as error:
+            self.failures.append(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """What all ranks put in, and what each should get."""
+
+    xs: list[Tensor]
+    scales: list[Tensor] | None
+    topk_idxs: list[Tensor]
+    topk_weights: list[Tensor] | None
+    expected: list[ReferenceDispatched]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A dispatch that has been checked, to be combined now or later."""
+
+    round: int
+    out: moecomm.Dispatched
+    sheet: Sheet
+
+
+class Trial:
+    """One case on one buffer in one layout."""
+
+    def __init__(self, case: Case, buffer: moecomm.Buffer, layout: str, reduce: str, checks: Checks) -> None:
+        self.case, self.buffer, self.layout, self.reduce, self.checks = case, buffer, layout, reduce, checks
+        self.rank, self.world_size = buffer.group.rank, buffer.group.size
+        self.device = buffer.config.device
+        self.placement = case.placement(self.world_size)
+        self.align = case.align if layout == "expert" else 1
+        self.sums = buffer.config.dtype == case.combine_dtype
+        self.has_gradients = case.dtype == case.combine_dtype and not case.extreme
+        self.kept: list[tuple[str, Tensor, Tensor]] = []
+        self.num_compared = 0
+
+    def sheet(self, round: int, payload_round: int | None = None) -> Sheet:
+        """Inputs and expected outputs of a round; a replay has the routing of one round and the payload of another."""
+        case, ranks = self.case, range(self.world_size)
+        made_in = round if payload_round is None else payload_round
+        xs = [provenance_rows(r, case.num_tokens(r, round), case.hidden, case.dtype, made_in) for r in ranks]
+        scales = [case.scales(r, round) for r in ranks]
+        routings = [case.routing(r, round, self.world_size) for r in ranks]
+        weights = [w for _, w in routings if w is not None] or None
+        given_scales = [s for s in scales if s is not None] or None
+        expected = reference.dispatch(
+            xs,
+            [idx for idx, _ in routings],
+            weights,
+            placement=self.placement,
+            layout=self.layout,
+            align=self.align,
+            scales=given_scales,
+        )
+        return Sheet(xs, given_scales, [idx for idx, _ in routings], weights, expected)
+
+    def dispatch(self, round: int) -> Sent:
+        sheet = self.sheet(round)
+        storage, x = _embed(sheet.xs[self.rank], round)
+        before = storage.clone()
+        idx, weights = sheet.topk_idxs[self.rank], None if sheet.topk_weights is None else sheet.topk_weights[self.rank]
+        if round % 3 == 1:  # routers may give transposed tensors
+            idx, weights = _transposed(idx), None if weights is None else _transposed(weights)
+        self._be_late(round)
+        args = (self._payload(x, sheet), self._on(idx), self._on(weights))
+        if round % 2:
+            out = self.buffer.dispatch_async(*args, layout=self.layout, align=self.align).wait()
+        else:
+            out = self.buffer.dispatch(*args, layout=self.layout, align=self.align)
+        self.checks.bitwise(storage, before, f"round {round}: memory around and under the dispatched rows")
+        self._compare(out, sheet, f"round {round}: dispatch")
+        return Sent(round, out, sheet)
+
+    def replay(self, sent: Sent) -> None:
+        sheet = self.sheet(sent.round, payload_round=sent.round + _REPLAY_ROUND)
+        self._be_late(sent.round + 1)
+        out = self.buffer.dispatch(self._payload(sheet.xs[self.rank], sheet), handle=sent.out.handle)
+        self._compare(out, sheet, f"round {sent.round}: replay")
+
+    def combine(self, sent: Sent, variant: int) -> None:
+        """Combine made-up expert rows; `variant` chooses weights, bias, and the synchronous or asynchronous call."""
+        expected, tokens = sent.sheet.expected, [len(x) for x in sent.sheet.xs]
+        if not self.sums:
+            raw = self._on(torch.zeros(len(expected[self.rank].x), self.case.hidden, dtype=self.case.dtype))
+            self.checks.refused(lambda: self.buffer.combine(raw, sent.out.handle), UnsupportedError, "sum of bytes")
+            return
+        what = f"round {sent.round}: combine, variant {variant}"
+        weighted = (None, True, False)[variant % 3]
+        rows = [self._values("rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(expected)]
+        given = [self._values("bias", r, sent.round + variant, t) for r, t in enumerate(tokens)]
+        biases = given if variant % 2 else None
+        mine = _poisoned(rows[self.rank], expected[self.rank].source_rank == -1)
+        before = mine.clone()
+        if self.layout == "rank" and weighted:
+            call = self.buffer.combine
+            self.checks.refused(lambda: call(mine, sent.out.handle, weighted=True), UnsupportedError, what)
+            weighted = None
+        handle = sent.out.handle if variant % 4 else pytree.tree_map(lambda t: t.clone(), sent.out.handle)
+        bias = None if biases is None else self._on(biases[self.rank])
+        self._be_late(variant)
+        if variant % 2:
+            y = self.buffer.combine_async(self._on(mine), handle, weighted=weighted, bias=bias).wait()
+        else:
+            y = self.buffer.combine(self._on(mine), handle, weighted=weighted, bias=bias)
+        self.checks.bitwise(mine, before, f"{what}: the rows given to combine")
+        should = reference.combine(rows, expected, reduce=self.reduce, weighted=weighted, biases=biases)[self.rank]
+        self.checks.bitwise(y, should, what, origin=lambda row: f"token {row}")
+        self.kept.append((what, y, should))
+
+    def backward(self, round: int) -> None:
+        """Compare the gradients of x, topk_weights, bias and of the expert rows."""
+        if not self.has_gradients:
+            return
+        sheet, what = self.sheet(round), f"round {round}: gradient"
+        num_tokens = len(sheet.xs[self.rank])
+        x = self._values("x", self.rank, round, num_tokens)
+        weights = None if sheet.topk_weights is None else sheet.topk_weights[self.rank]
+        dys = [self._values("dy", r, round, len(sheet.xs[r])) for r in range(self.world_size)]
+        bias = self._values("bias", self.rank, round, num_tokens)
+        leaf_x, leaf_bias, leaf_weights = _leaf(self._on(x)), _leaf(self._on(bias)), _leaf(self._on(weights))
+
+        out = self.buffer.dispatch(
+            leaf_x, self._on(sheet.topk_idxs[self.rank]), leaf_weights, layout=self.layout, align=self.align
+        )
+        rows = self._experts(out)
+        y = self.buffer.combine(rows, out.handle, bias=leaf_bias)
+        wanted = [t for t in (leaf_x, leaf_bias, rows, leaf_weights) if t is not None]
+        d_x, d_bias, d_rows, *d_weights = torch.autograd.grad(y, wanted, self._on(dys[self.rank]))
+
+        self.checks.bitwise(d_bias, dys[self.rank], f"{what} of bias")
+        self.checks.bitwise(d_rows, self._gradient_of_rows(dys, sheet), f"{what} of the expert rows")
+        inputs = (x, sheet.topk_idxs[self.rank], weights, bias, dys[self.rank])
+        exact = _gradients_in_one_process(*inputs, torch.float64)
+        baseline = _gradients_in_one_process(*inputs, self.case.dtype)
+        names = ("x", "topk_weights") if weights is not None else ("x",)
+        for name, actual, plain, double in zip(names, (d_x, *d_weights), baseline, exact, strict=True):
+            self.checks.bounded(actual, plain, double, f"{what} of {name}")
+        self._backward_of_dispatch(round, sheet)
+
+    def _backward_of_dispatch(self, round: int, sheet: Sheet) -> None:
+        """The backward of dispatch alone is an unweighted combine, bit for bit."""
+        grads = [self._values("grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
+        mine = _poisoned(grads[self.rank], sheet.expected[self.rank].source_rank == -1)
+        leaf = _leaf(self._on(sheet.xs[self.rank]))
+        out = self.buffer.dispatch(leaf, self._on(sheet.topk_idxs[self.rank]), layout=self.layout, align=self.align)
+        (d_x,) = torch.autograd.grad(out.x, leaf, self._on(mine))
+        should = reference.combine(grads, sheet.expected, reduce=self.reduce, weighted=False)[self.rank]
+        self.checks.bitwise(d_x, should, f"round {round}: gradient of dispatch alone", lambda row: f"token {row}")
+
+    def _gradient_of_rows(self, dys: list[Tensor], sheet: Sheet) -> Tensor:
+        """Gradient of expert rows: the token's, times the weight, rounded once."""
+        sent = reference.dispatch(
+            dys,
+            sheet.topk_idxs,
+            sheet.topk_weights,
+            placement=self.placement,
+            layout=self.layout,
+            align=self.align,
+        )[self.rank]
+        if sent.row_weights is None:
+            return sent.x
+        return (sent.x.float() * sent.row_weights[:, None]).to(sent.x.dtype)
+
+    def _experts(self, out: moecomm.Dispatched) -> Tensor:
+        """What the experts of this rank make of their rows."""
+        assert isinstance(out.x, Tensor)
+        held = self.placement.experts_of_rank[self.rank]
+        if out.expert_offsets is not None:
+            ends = [0, *out.expert_offsets.tolist()]
+            groups = [_expert(out.x[a:b], e) for e, a, b in zip(held, ends, ends[1:], strict=False)]
+            return torch.cat([out.x[:0], *groups])
+        assert out.topk_idx is not None and out.topk_weights is not None
+        rows = out.x.float()  # one rounding per row, as in a kernel: the sum over local experts is not under test
+        total = rows * 0
+        for local, expert in enumerate(held):
+            weight = (out.topk_weights * (out.topk_idx == local)).sum(dim=1, keepdim=True)
+            total = total + weight * _expert(rows, expert)
+        return total.to(out.x.dtype)
+
+    def _compare(self, out: moecomm.Dispatched, sheet: Sheet, what: str) -> None:
+        should = sheet.expected[self.rank]
+        rows, scales = (out.x, None) if isinstance(out.x, Tensor) else out.x
+
+        def origin(row: int) -> str:
+            if int(should.source_rank[row]) == -1:
+                return "padding"
+            parts = zip(("rank", "token", "k"), (should.source_rank, should.source_token, should.source_k), strict=True)
+            return ", ".join(f"{name} {int(values[row])}" for name, values in parts)
+
+        for name, actual, expected in (
+            ("x", rows, should.x),
+            ("scales", scales, should.scales),
+            ("expert_offsets", out.expert_offsets, should.expert_offsets),
+            ("tokens_per_expert", out.tokens_per_expert, should.tokens_per_expert),
+            ("row_weights", out.row_weights, should.row_weights),
+            ("topk_idx", out.topk_idx, should.topk_idx),
+            ("topk_weights", out.topk_weights, should.topk_weights),
+        ):
+            if (actual is None) != (expected is None):
+                self.checks.failures.append(f"{what}: {name}: expected {_kind(expected)}, got {_kind(actual)}")
+            elif actual is not None and expected is not None:
+                if name == "topk_idx" and actual.dtype == torch.int64:  # either integer will do
+                    expected = expected.to(torch.int64)
+                per_row = name not in ("expert_offsets", "tokens_per_expert")
+                self.checks.bitwise(actual, expected, f"{what}: {name}", origin if per_row else None)
+        if self.num_compared % 3:
+            self.kept.append((what, rows, should.x))
+        else:
+            rows.view(torch.uint8).fill_(_POISON_BYTE)  # the caller may write into what is his; nobody else may notice
+        self.num_compared += 1
+
+    def check_kept(self) -> None:
+        """Results belong to the caller: no later call has changed them."""
+        for what, actual, expected in self.kept:
+            self.checks.bitwise(actual, expected, f"{what}, looked at again after the last round")
+
+    def _payload(self, x: Tensor, sheet: Sheet) -> Any:
+        return self._on(x) if sheet.scales is None else (self._on(x), self._on(sheet.scales[self.rank]))
+
+    def _values(self, purpose: str, rank: int, round: int, num_rows: int) -> Tensor:
+        return self.case.values(purpose, rank, round, num_rows)
+
+    def _on(self, tensor: Any) -> Any:
+        return None if tensor is None else tensor.to(self.device)
+
+    def _be_late(self, round: int) -> None:
+        """Another rank is late each time: peers must wait for it, and must not be disturbed by it."""
+        if self.rank == round % self.world_size and self.world_size > 1:
+            time.sleep(_DELAY_S)
+
+
+def _expert(rows: Tensor, expert: int) -> Tensor:
+    """A different function for each expert, row by row, with a gradient that depends on the row."""
+    return rows * (1 + expert / 8) + rows.abs() / 2
+
+
+def _gradients_in_one_process(
+    x: Tensor, idx: Tensor, weights: Tensor | None, bias: Tensor, dy: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """Gradients of x and, where there are weights, of these; other ranks' tokens have no part in them."""
+    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = [_leaf(x.to(dtype))] + ([] if weights is None else [_leaf(weights.to(weights_dtype))])
+    biases = [_leaf(bias.to(dtype))]  # connects y to the graph also where no token has an expert
+    y = reference.moe(leaves[:1], [idx], leaves[1:] or None, _expert, biases=biases)[0]
+    if not y.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad(y, leaves, dy.to(dtype), allow_unused=True, materialize_grads=True))
+
+
+def _leaf(tensor: Any) -> Any:
+    return None if tensor is None else tensor.detach().clone().requires_grad_()
+
+
+def _embed(x: Tensor, round: int) -> tuple[Tensor, Tensor]:
+    """Put rows into the middle of poisoned memory: in even rounds as whole rows, in odd ones with gaps between them."""
+    margin = 2 if round % 2 else 0
+    shape = (x.shape[0] + 2, (x.shape[1] + 2 * margin) * x.dtype.itemsize)
+    storage = torch.full(shape, _POISON_BYTE, dtype=torch.uint8).view(x.dtype)
+    view = storage[1:-1, margin : margin + x.shape[1]]
+    view.copy_(x)
+    return storage, view
+
+
+def _poisoned(rows: Tensor, where: Tensor) -> Tensor:
+    rows = rows.clone()
+    rows[where] = float("nan")
+    return rows
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"a {tuple(tensor.shape)} {tensor.dtype} tensor"
