@@ -1,0 +1,74 @@
+"""The path that a user would otherwise take: what MoE frameworks do on plain torch.distributed.
+
+Sort the (token, expert) entries by expert, exchange counts, `all_to_all_single` one row per entry, regroup the rows by
+expert; on the way back regroup, `all_to_all_single`, unsort, and sum the K weighted rows of each token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What the way back needs: the sort, the splits of both directions, and how rows were regrouped."""
+
+    order: Tensor
+    send_splits: list[int]
+    recv_splits: list[int]
+    chunk_rows: list[int]  # rows of each (source rank, local expert), in order of arrival
+    num_experts_here: int
+
+
+def baseline_dispatch(x_TH: Tensor, topk_idx_TK: Tensor, num_experts: int) -> tuple[Tensor, Routing]:
+    """Bring rows to their experts: (N, H) grouped by local expert, then source rank, then token. E % W must be 0.
+
+    >>> rows, routing = baseline_dispatch(torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]]), 2)
+    >>> rows.tolist()
+    [[2.0], [1.0]]
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    top_k, here = topk_idx_TK.shape[1], num_experts // world
+    experts = topk_idx_TK.reshape(-1)
+    order = torch.argsort(experts, stable=True)
+    sent = torch.bincount(experts, minlength=num_experts).view(world, here)
+    received = sent
+    if world > 1:
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+    routing = Routing(order, sent.sum(1).tolist(), received.sum(1).tolist(), received.view(-1).tolist(), here)
+    rows = x_TH.index_select(0, order // top_k)
+    rows = _exchange(rows, routing.recv_splits, routing.send_splits)
+    chunks = rows.split(routing.chunk_rows)
+    by_expert = [chunks[rank * here + e] for e in range(here) for rank in range(world)]
+    return torch.cat(by_expert), routing
+
+
+def baseline_combine(rows_NH: Tensor, topk_weights_TK: Tensor, routing: Routing) -> Tensor:
+    """Bring expert outputs home and sum the K weighted rows of each token, in the dtype of the rows.
+
+    >>> rows, routing = baseline_dispatch(torch.tensor([[1.0], [2.0]]), torch.tensor([[1, 0], [0, 1]]), 2)
+    >>> baseline_combine(rows, torch.tensor([[0.5, 0.5], [1.0, 2.0]]), routing).tolist()
+    [[1.0], [6.0]]
+    """
+    here = routing.num_experts_here
+    world = len(routing.chunk_rows) // here
+    by_expert = [routing.chunk_rows[rank * here + e] for e in range(here) for rank in range(world)]
+    chunks = rows_NH.split(by_expert)
+    rows = torch.cat([chunks[e * world + rank] for rank in range(world) for e in range(here)])
+    rows = _exchange(rows, routing.send_splits, routing.recv_splits)
+    unsorted = torch.empty_like(rows).index_copy_(0, routing.order, rows)
+    per_token = unsorted.view(*topk_weights_TK.shape, -1)
+    return (per_token * topk_weights_TK.to(rows.dtype).unsqueeze(-1)).sum(1)
+
+
+def _exchange(rows: Tensor, recv_splits: list[int], send_splits: list[int]) -> Tensor:
+    if len(send_splits) == 1:
+        return rows
+    received = rows.new_empty(sum(recv_splits), rows.shape[1])
+    dist.all_to_all_single(received, rows, recv_splits, send_splits)
+    return received
