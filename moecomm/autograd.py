@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from moecomm.errors import StaleHandleError
 from moecomm.handle import HANDLE_TENSORS, Dispatched, DispatchHandle
 from moecomm.operations import (
     Core,
@@ -27,6 +28,15 @@ from moecomm.operations import (
 from moecomm.rows import empty_rows, scale_rows_grad
 
 CORES: WeakValueDictionary[int, Core] = WeakValueDictionary()
+
+
+def core_of(buffer_id: int) -> Core:
+    """The buffer that an operator belongs to."""
+    try:
+        return CORES[buffer_id]
+    except KeyError:
+        what = "the buffer of this operation is gone"
+        raise StaleHandleError(what, remedy="keep the Buffer until backward is done") from None
 
 
 def _run(core: Core, started: int, start: Any) -> Any:
@@ -62,7 +72,7 @@ def dispatch(
     Gives rows, scales (empty without), weights, expert_offsets, tokens_per_expert, then send_order, send_slots,
     send_pos, pair_tokens, pair_pos, recv_table, expert_counts and pair_counts of the handle.
     """
-    core = CORES[buffer_id]
+    core = core_of(buffer_id)
     planned: Planned = _run(
         core, started, lambda: start_dispatch(core, _payloads(x, scales), topk_idx, topk_weights, layout, align)
     )
@@ -121,7 +131,7 @@ def _(
 
 
 def _facts(buffer_id: int) -> tuple[Any, int, int]:
-    core = CORES[buffer_id]
+    core = core_of(buffer_id)
     return core.tables, core.transport.group.size, core.rank
 
 
@@ -156,7 +166,7 @@ def replay(
     started: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Send rows along a planned routing: rows, scales (empty without), weights (empty if none were given)."""
-    core = CORES[buffer_id]
+    core = core_of(buffer_id)
     planned = _handle(handle, layout, align, buffer_id)
     arrived = _run(core, started, lambda: start_replay(core, _payloads(x, scales), topk_weights, planned))
     empty = x.new_empty(0)
@@ -209,7 +219,7 @@ def collect(
     align: int,
 ) -> tuple[Tensor, Tensor]:
     """Lead the gradients of rows and weights home: (T, H) and (T, K), empty for what is None."""
-    core = CORES[buffer_id]
+    core = core_of(buffer_id)
     planned = _handle(handle, layout, align, buffer_id)
     rows = None if grad_rows is None else grad_rows.contiguous()
     carried = None if grad_weights is None else grad_weights.float().contiguous()
@@ -225,7 +235,7 @@ def collect(
 @collect.register_fake
 def _(grad_rows: Any, grad_weights: Any, handle: Any, buffer_id: Any, layout: Any, align: Any) -> Any:
     topk_idx = handle[HANDLE_TENSORS.index("topk_idx")]
-    dtype = CORES[buffer_id].dtype
+    dtype = core_of(buffer_id).dtype
     return (
         topk_idx.new_empty(0, dtype=dtype)
         if grad_rows is None
@@ -249,7 +259,7 @@ def combine(
     started: int,
 ) -> Tensor:
     """Lead rows home and sum them per token; `row_weights` is the handle's, given apart for its gradient."""
-    core = CORES[buffer_id]
+    core = core_of(buffer_id)
     home = Homecoming(rows=rows.contiguous(), weighted=row_weights is not None, bias=bias)
     planned = _handle(handle, layout, align, buffer_id)
     return _run(core, started, lambda: start_combine(core, home, planned))[0]
@@ -291,7 +301,7 @@ combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 @torch.library.custom_op("moecomm::scale_grad", mutates_args=())
 def scale_grad(grad: Tensor, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of `weights[:, None] * rows`; without rows that of the weights is empty."""
-    grad_rows = empty_rows(*grad.shape, grad.dtype, grad.device)
+    grad_rows = empty_rows(len(grad), grad.shape[1], grad.dtype, grad.device)
     grad_weights = weights.new_empty(0) if rows is None else torch.empty_like(weights)
     given = grad if rows is None else rows.contiguous()
     scale_rows_grad(grad_rows, None if rows is None else grad_weights, grad, given, weights)
@@ -319,8 +329,9 @@ def dispatched(
     """Run (or finish) a dispatch and put its tensors where they belong."""
     args = (x, scales, topk_idx, topk_weights, buffer_id, layout, align, started)
     rows, scales_out, weights, offsets, per_expert, *led = torch.ops.moecomm.dispatch(*args)
-    kept = torch.ones(topk_idx.shape, device=topk_idx.device) if topk_weights is None else topk_weights.detach()
-    handle = _handle([topk_idx, kept, *led[:6], weights, *led[6:]], layout, align, buffer_id)
+    # Copies: the caller may write his next routing into the same memory.
+    kept = torch.ones(topk_idx.shape, device=topk_idx.device) if topk_weights is None else topk_weights.detach().clone()
+    handle = _handle([topk_idx.clone(), kept, *led[:6], weights, *led[6:]], layout, align, buffer_id)
     return _arrange(rows, None if scales is None else scales_out, offsets, per_expert, handle)
 
 
@@ -331,8 +342,8 @@ def replayed(
     args = (x, scales, topk_weights, handle.tensors(), handle.buffer_id, handle.layout, handle.align, started)
     rows, scales_out, weights = torch.ops.moecomm.replay(*args)
     if topk_weights is not None:
-        handle = replace(handle, topk_weights=topk_weights.detach(), row_weights=weights)
-    counts = handle_counts(CORES[handle.buffer_id], handle)
+        handle = replace(handle, topk_weights=topk_weights.detach().clone(), row_weights=weights)
+    counts = handle_counts(core_of(handle.buffer_id), handle)
     offsets, per_expert = (torch.from_numpy(a).to(x.device) for a in (counts.expert_offsets, counts.tokens_per_expert))
     return _arrange(rows, None if scales is None else scales_out, offsets, per_expert, handle)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NoReturn, final
+from typing import Any, NoReturn, final
 
 from moecomm import errors
 from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
@@ -163,7 +163,7 @@ class Channel:
         self.abort(error)
         raise error
 
-    def _where(self, seq: int, tag: str) -> dict[str, object]:
+    def _where(self, seq: int, tag: str) -> dict[str, Any]:
         return {"rank": self.group.rank, "operation": tag.split(" ")[0], "seq": seq}
 
     # -- wire ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ every rank.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,10 @@ class Transport(ABC):
     name: str
     group: Group
 
+    @abstractmethod
+    def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
+        """Set up; collective."""
+
     @classmethod
     @abstractmethod
     def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
@@ -134,13 +139,10 @@ class TransportOptions:
 
 
 def as_bytes(rows: Tensor) -> Tensor:
-    """View (N, ...) rows of any dtype as (N, row_bytes) uint8."""
-    flat = rows.reshape(rows.shape[0], -1) if rows.shape[0] else rows.reshape(0, _row_elements(rows))
-    return flat.view(torch.uint8)
+    """View (N, ...) rows of any dtype as (N, row_bytes) uint8; copies only if a row is not contiguous.
 
-
-def _row_elements(rows: Tensor) -> int:
-    count = 1
-    for length in rows.shape[1:]:
-        count *= length
-    return count
+    >>> as_bytes(torch.zeros(2, 3, dtype=torch.bfloat16)).shape, as_bytes(torch.zeros(0, 3)).shape
+    (torch.Size([2, 6]), torch.Size([0, 12]))
+    """
+    flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
+    return (flat if flat.stride(1) == 1 else flat.contiguous()).view(torch.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import NoReturn, final
+from typing import Any, NoReturn, final
 
 import numpy as np
 import torch
@@ -83,10 +83,10 @@ class CollectiveTransport(Transport):
     def _give_up(self, tag: str, stalled: bool, waited_s: float, cause: RuntimeError) -> NoReturn:
         """Call the roll: the backend does not say who is missing, the store does."""
         operation = tag.split(" ")[0]
-        where = {"rank": self.group.rank, "operation": operation, "seq": self._seq}
+        where: dict[str, Any] = {"rank": self.group.rank, "operation": operation, "seq": self._seq}
         missing: Sequence[int] = ()
         try:
-            self._store.set("gave_up", b"1")
+            self._store.set("gave_up", "1")
             self.group.all_gather_object(operation, timeout_s=_ROLL_CALL_S + 2 * _SLICE_S, operation="roll call")
         except MoECommError as absent:
             missing = absent.peers

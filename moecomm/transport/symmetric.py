@@ -181,4 +181,4 @@ class SymmetricExchange(Exchange):
 
 
 def _private(rows: Tensor) -> Tensor:
-    return empty_rows(*rows.shape, rows.dtype, rows.device).copy_(rows)
+    return empty_rows(len(rows), rows.shape[1], rows.dtype, rows.device).copy_(rows)
