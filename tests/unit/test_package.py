@@ -31,7 +31,7 @@ MACHINE = re.compile(
     )
 )
 MAX_FILE_LINES = 450  # "about 400"
-MAX_FUNCTION_LINES = 70  # "about 60", docstring not counted
+MAX_FUNCTION_LINES = 65  # "about 60", signature and docstring not counted
 MAX_KERNEL_PARAMETERS = 16
 
 
@@ -115,9 +115,9 @@ def test_the_machine_pattern_can_match(line: str) -> None:
 
 
 def function_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    docstring = node.body[0] if ast.get_docstring(node) else None
-    skipped = (docstring.end_lineno or 0) - docstring.lineno + 1 if docstring else 0
-    return (node.end_lineno or 0) - node.lineno + 1 - skipped
+    """Lines of the body, without signature and docstring."""
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
 def test_files_and_functions_are_small() -> None:
