@@ -1,0 +1,320 @@
+"""Wait for what peers pushed, work out where it belongs, and bring it into a layout: one kernel.
+
+Legend: W ranks, M max tokens per rank, K top-k, L local experts, P pairs (source, token) received, N rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moecomm.kernels._launch import launch, num_programs
+from moecomm.kernels.permute import empty_rows, padding_rows, scales_at, zero_padding
+from moecomm.kernels.rows import Arriving, Row, as_words, row_at, row_geometry, used, warps_for
+from moecomm.kernels.sync import wait_for_all
+from moecomm.kernels.wire import COUNTS, META, ROWS, ROWS_NEEDED, STALLED, Wire, area_of, view_memory
+
+EXPERT, PADDED, RANK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_LAYOUTS = {"expert": EXPERT, "padded": PADDED, "rank": RANK}
+
+
+class Received(NamedTuple):
+    """What `receive` brought.
+
+    x: (N, H) rows. scales: (N, G) float32, or None. weights: (N,) float32 weight of each row, 0 in padding; (P, K) in
+        layout "rank".
+    table: (P, K) int32 row of each entry, -1 elsewhere; local expert ids in layout "rank". Pairs are sorted by (source
+        rank, token); those beyond the last are -1.
+    wire_row: (P,) int32 source rank * M + slot of each pair, -1 beyond the last.
+    token: (P,) int32 number of the pair's token at its source, -1 beyond the last.
+    groups: (2, L) int32: end of each expert's group of rows; its tokens.
+    """
+
+    x: Tensor
+    scales: Tensor | None
+    weights: Tensor
+    table: Tensor
+    wire_row: Tensor
+    token: Tensor
+    groups: Tensor
+
+
+@triton.jit
+def _plan_groups(
+    starts, groups, base, align, num_rows, link, WIRE: tl.constexpr, LOCAL: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Write, for this program alone, where the run of each source begins in each group; then ends and tokens."""
+    source = tl.arange(0, WIRE.world_p2)[:, None]
+    local = tl.arange(0, WIRE.local_p2)[None, :]
+    place = base.to(tl.pointer_type(tl.int64)) + source * WIRE.counts_width + 1 + local
+    exists = (source < WIRE.world) & (local < LOCAL)
+    count = tl.load(place, mask=exists, other=0).to(tl.int32)  # the stamp is in the upper half
+    tokens = tl.sum(count, 0)
+    if LAYOUT == PADDED:
+        padded = tl.zeros_like(tokens) + align
+    else:
+        padded = (tokens + align - 1) // align * align
+    local = tl.arange(0, WIRE.local_p2)
+    padded = tl.where(local < LOCAL, padded, 0)
+    ends = tl.cumsum(padded, 0)
+    run = (ends - padded)[None, :] + tl.cumsum(count, 0) - count
+    tl.store(starts + source * WIRE.local_p2 + local[None, :], run)
+    tl.store(starts + WIRE.world_p2 * WIRE.local_p2 + local, ends)
+    tl.store(starts + (WIRE.world_p2 + 1) * WIRE.local_p2 + local, tokens)
+    tl.debug_barrier()  # other threads of this program read it
+    if tl.program_id(0) == 0:
+        tl.store(groups + local, ends, mask=local < LOCAL)
+        tl.store(groups + LOCAL + local, tokens, mask=local < LOCAL)
+        if LAYOUT == PADDED:
+            needed, room = tl.max(tokens, 0), align
+        else:
+            needed, room = tl.max(ends, 0), num_rows
+        if (needed > room) & (LAYOUT != RANK):
+            tl.store(link.status + ROWS_NEEDED, needed)
+
+
+@triton.jit(do_not_specialize=["first_expert", "align", "num_pairs", "num_rows"])
+def _receive_kernel(
+    out,
+    out_scales,
+    weights,
+    table,
+    origin,
+    groups,
+    scratch,
+    link,
+    first_expert,
+    align,
+    num_pairs,
+    num_rows,
+    WIRE: tl.constexpr,
+    ROW: tl.constexpr,
+    LOCAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    WORD: tl.constexpr = out.dtype.element_ty
+    TOP_K: tl.constexpr = WIRE.top_k
+    program, step = tl.program_id(0), tl.num_programs(0)
+    sequence = tl.load(link.state)
+    if wait_for_all(link, sequence, WIRE):
+        generation = sequence & 1
+        rows_base = area_of(link, generation, ROWS, link.rank, WIRE)
+        meta_base = area_of(link, generation, META, link.rank, WIRE)
+        counts_base = area_of(link, generation, COUNTS, link.rank, WIRE)
+        starts = scratch + program * ((WIRE.world_p2 + 2) * WIRE.local_p2)
+        _plan_groups(starts, groups, counts_base, align, num_rows, link, WIRE, LOCAL, LAYOUT)
+        sources = tl.arange(0, WIRE.world_p2)
+        place = counts_base.to(tl.pointer_type(tl.int64)) + sources * WIRE.counts_width
+        pairs = tl.load(place, mask=sources < WIRE.world, other=0).to(tl.int32)
+        pair_ends = tl.cumsum(pairs, 0)
+        total = tl.sum(pairs, 0)
+        if (program == 0) & (total > num_pairs):
+            tl.store(link.status + ROWS_NEEDED, total)
+        k = tl.arange(0, WIRE.top_k_p2)
+        for pair in range(program, num_pairs, step):
+            first = tl.cast(pair, tl.int64) * TOP_K
+            if pair < total:
+                source = tl.sum(((pair_ends <= pair) & (sources < WIRE.world)).to(tl.int32), 0)
+                slot = pair - tl.sum(tl.where(sources < source, pairs, 0), 0)
+                at = source * link.max_tokens + slot
+                meta = row_at(meta_base, at, 4 * WIRE.meta_words, tl.int32, True)
+                expert = tl.load(meta + k, mask=k < TOP_K, other=-1) - first_expert
+                mine = (expert >= 0) & (expert < LOCAL) & (k < TOP_K)
+                number = tl.load(meta + TOP_K + k, mask=mine, other=0)
+                weight = tl.load(meta + 2 * TOP_K + k, mask=mine, other=0).to(tl.float32, bitcast=True)
+                if LAYOUT == RANK:
+                    row = tl.where(mine, expert, -1)
+                    tl.store(weights + first + k, weight, mask=k < TOP_K)
+                else:
+                    run = tl.load(starts + source * WIRE.local_p2 + expert, mask=mine, other=0)
+                    row = run + number
+                    limit = tl.load(starts + WIRE.world_p2 * WIRE.local_p2 + expert, mask=mine, other=0)
+                    row = tl.where(mine & (row < limit) & (row < num_rows), row, -1)
+                    tl.store(weights + row, weight, mask=row >= 0)
+                tl.store(table + first + k, row, mask=k < TOP_K)
+                tl.store(origin + pair, at)
+                tl.store(origin + num_pairs + pair, tl.load(meta + 3 * TOP_K))
+                data = row_at(rows_base, at, WIRE.row_bytes, WORD, ROW.aligned)
+                for chunk in tl.static_range(0, ROW.chunks):
+                    column = chunk * ROW.block + tl.arange(0, ROW.block)
+                    inside = column < ROW.words
+                    value = tl.load(data + column, mask=inside)  # row access
+                    if LAYOUT == RANK:
+                        target = row_at(out.to(tl.int64), pair, ROW.words * ROW.word_bytes, WORD, ROW.aligned)
+                        tl.store(target + column, value, mask=inside)  # row access
+                    else:
+                        for j in tl.static_range(0, TOP_K):
+                            to = tl.sum(tl.where(k == j, row, 0), 0)
+                            target = row_at(out.to(tl.int64), to, ROW.words * ROW.word_bytes, WORD, ROW.aligned)
+                            tl.store(target + column, value, mask=used(inside, to))  # row access
+                if ROW.scale_words > 0:
+                    group = tl.arange(0, ROW.scale_p2)
+                    inside = group < ROW.scale_words
+                    data = row_at(rows_base + ROW.scale_offset, at, WIRE.row_bytes, tl.float32, True)
+                    scale = tl.load(data + group, mask=inside)
+                    if LAYOUT == RANK:
+                        tl.store(scales_at(out_scales, pair, ROW), scale, mask=inside)
+                    else:
+                        for j in tl.static_range(0, TOP_K):
+                            to = tl.sum(tl.where(k == j, row, 0), 0)
+                            tl.store(scales_at(out_scales, to, ROW), scale, mask=used(inside, to))
+            else:
+                tl.store(table + first + k, tl.full((WIRE.top_k_p2,), -1, tl.int32), mask=k < TOP_K)
+                tl.store(origin + pair, -1)
+                tl.store(origin + num_pairs + pair, -1)
+                if LAYOUT == RANK:
+                    tl.store(weights + first + k, tl.zeros((WIRE.top_k_p2,), tl.float32), mask=k < TOP_K)
+        if LAYOUT == EXPERT:
+            ends = starts + WIRE.world_p2 * WIRE.local_p2
+            zero_padding(out, out_scales, weights, ends, ends + WIRE.local_p2, align, num_rows, ROW, LOCAL)
+
+
+def receive(
+    rows: Arriving,
+    *,
+    experts: tuple[int, int],
+    num_pairs: int,
+    num_rows: int,
+    layout: str = "expert",
+    align: int = 1,
+    max_programs: int | None = None,
+) -> Received:
+    """Wait for the pushes of all ranks and bring their rows into a layout.
+
+    Rows are sorted by (local expert, source rank, source token, k). In layout "expert" each expert's group is padded with
+    zero rows to a multiple of `align`; in layout "padded" it has room for exactly `align` rows, undefined beyond its
+    tokens; layout "rank" is one row per pair, sorted by (source rank, token). What does not fit is left out and
+    `link.status` says how many rows were needed. If the wait gives up nothing is read and results are undefined.
+
+    Args:
+        rows: the rows that are arriving; its `wire_row` is not used.
+        experts: first flat id and number of this rank's experts.
+        num_pairs: P, room for pairs: the exact number, or W * M for a static size.
+        num_rows: N, room for rows: the exact number, or an upper bound (P in layout "rank").
+        layout: "expert", "padded" or "rank".
+        align: rows per multiple, or per group in layout "padded".
+        max_programs: upper bound for the grid; 8 per multiprocessor unless told.
+
+    >>> from moecomm.kernels.layout import layout as lay_out
+    >>> from moecomm.kernels.push import push
+    >>> from moecomm.kernels.rows import RowFormat
+    >>> from moecomm.kernels.wire import Wire, loopback
+    >>> wire = Wire.of(world=1, top_k=2, max_local=2, row_bytes=16)
+    >>> (link,), memory = loopback(wire, max_tokens=2)
+    >>> ids = torch.arange(2, dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    >>> sent = lay_out(torch.tensor([[1, 0], [1, -1]]), None, *ids, wire=wire, max_tokens=2, status=link.status)
+    >>> push(torch.tensor([[5.0], [7.0]]), sent, link, wire=wire)
+    >>> form = RowFormat(1, torch.float32)
+    >>> got = receive(Arriving(link, wire, form), experts=(0, 2), num_pairs=2, num_rows=4, align=2)
+    >>> got.x.flatten().tolist(), got.groups.tolist(), got.table.tolist()
+    ([5.0, 0.0, 5.0, 7.0], [[2, 4], [1, 2]], [[2, 0], [3, -1]])
+    """
+    wire, device, row, out = _prepare(rows, experts, num_pairs, num_rows, layout, align)
+    count = experts[1]
+    programs = num_programs(max(num_pairs, count * (align - 1)), out.table, max_programs)
+    origin = torch.empty(2, num_pairs, dtype=torch.int32, device=device)
+    scratch = torch.empty(programs, (wire.world_p2 + 2) * wire.local_p2, dtype=torch.int32, device=device)
+    outputs = as_words(out.x, row), out.scales, out.weights, out.table, origin, out.groups, scratch
+    launch(
+        _receive_kernel,
+        (programs,),
+        *(*outputs, rows.link, experts[0], align, num_pairs, num_rows),
+        num_warps=warps_for(row.block * row.word_bytes),
+        WIRE=wire,
+        ROW=row,
+        LOCAL=count,
+        LAYOUT=_LAYOUTS[layout].value,
+    )
+    return out._replace(wire_row=origin[0], token=origin[1])
+
+
+def receive_ref(
+    rows: Arriving,
+    *,
+    experts: tuple[int, int],
+    num_pairs: int,
+    num_rows: int,
+    layout: str = "expert",
+    align: int = 1,
+    max_programs: int | None = None,
+) -> Received:
+    """`receive` in plain torch, sorting instead of counting; the buffer must be CPU memory of this process."""
+    wire, _, _, out = _prepare(rows, experts, num_pairs, num_rows, layout, align)
+    values, scales = rows._replace(wire_row=None).read()
+    link, (first, count), top_k = rows.link, experts, wire.top_k
+    if int(link.status[int(STALLED)]):
+        return out
+    generation = int(link.state[0]) & 1
+    base = int(link.peers[generation, int(META), link.rank])
+    meta = view_memory(base, (wire.world * link.max_tokens, wire.meta_words), torch.int32)
+    base = int(link.peers[generation, int(COUNTS), link.rank])
+    pairs = (view_memory(base, (wire.world, wire.counts_width), torch.int64)[:, 0] & 0xFFFFFFFF).tolist()
+    places = [source * link.max_tokens + slot for source in range(wire.world) for slot in range(pairs[source])]
+    for filled in (out.table, out.wire_row, out.token):
+        filled.fill_(-1)
+    if layout == "rank":
+        out.weights.zero_()
+    members: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    for pair, at in enumerate(places):
+        out.wire_row[pair], out.token[pair] = at, meta[at, 3 * top_k]
+        for k, expert in enumerate((meta[at, :top_k] - first).tolist()):
+            if 0 <= expert < count:
+                members[expert].append((pair, k))
+    weights = meta[:, 2 * top_k : 3 * top_k].clone().view(torch.float32)
+    row = 0
+    for expert, entries in enumerate(members):
+        begin = expert * align if layout == "padded" else row
+        for at, (pair, k) in enumerate(entries):
+            weight = weights[places[pair], k]
+            if layout == "rank":
+                out.table[pair, k], out.weights[pair, k] = expert, weight
+                continue
+            row = begin + at
+            if row >= num_rows or (layout == "padded" and at >= align):
+                continue
+            out.table[pair, k], out.weights[row] = row, weight
+            _copy_bytes(out.x, row, values, places[pair])
+            if out.scales is not None:
+                _copy_bytes(out.scales, row, scales, places[pair])
+        row = begin + (align if layout == "padded" else -(-len(entries) // align) * align)
+        out.groups[0, expert], out.groups[1, expert] = row, len(entries)
+    if layout == "rank":
+        for pair, at in enumerate(places):
+            _copy_bytes(out.x, pair, values, at)
+            if out.scales is not None:
+                _copy_bytes(out.scales, pair, scales, at)
+    if layout == "expert":
+        padding = padding_rows(out.groups, align)
+        padding = padding[padding < num_rows]
+        for part in (out.x.view(torch.uint8), out.scales, out.weights):
+            if part is not None:
+                part[padding] = 0
+    return out
+
+
+def _prepare(
+    rows: Arriving, experts: tuple[int, int], num_pairs: int, num_rows: int, layout: str, align: int
+) -> tuple[Wire, torch.device, Row, Received]:
+    assert layout in _LAYOUTS, f"layout {layout!r}, expected one of {sorted(_LAYOUTS)}"
+    assert align >= 1, f"align is {align}, expected at least 1"
+    link, wire, form, _ = rows
+    assert 0 <= experts[1] < wire.counts_width, f"{experts[1]} experts, the wire has room for {wire.counts_width - 1}"
+    assert form.wire_bytes <= wire.row_bytes, f"rows of {form.wire_bytes} bytes, the wire has room for {wire.row_bytes}"
+    device, int32, top_k = link.state.device, torch.int32, wire.top_k
+    by_pair = layout == "rank"
+    assert not by_pair or num_rows == num_pairs, f"{num_rows} rows for {num_pairs} pairs"
+    x, scales = empty_rows(num_rows, form, device)
+    weights = torch.empty((num_pairs, top_k) if by_pair else (num_rows,), device=device)
+    table = torch.empty(num_pairs, top_k, dtype=int32, device=device)
+    wire_row, token = (torch.empty(num_pairs, dtype=int32, device=device) for _ in range(2))
+    groups = torch.empty(2, experts[1], dtype=int32, device=device)
+    row = row_geometry(form, x)
+    return wire, device, row, Received(x, scales, weights, table, wire_row, token, groups)
+
+
+def _copy_bytes(target: Tensor, row: int, source: Tensor, at: int) -> None:
+    target[row].view(torch.uint8).copy_(source[at].view(torch.uint8))
