@@ -182,7 +182,8 @@ def combine(
             of_ranks = terms.get((source, token), {})
             if reduce == "rank":
                 for rank in sorted(of_ranks):
-                    total_H = total_H + _sum_on_expert_rank(of_ranks[rank], dtype)
+                    partial_H = of_ranks[rank][0][1] if layout == "rank" else _partial_sum(of_ranks[rank], dtype)
+                    total_H = total_H + partial_H
             else:
                 for _, term_H in sorted((term for of_rank in of_ranks.values() for term in of_rank), key=_k_of_term):
                     total_H = total_H + term_H
@@ -367,7 +368,7 @@ def _terms_of_tokens(
     return terms
 
 
-def _sum_on_expert_rank(terms: Sequence[tuple[int, Tensor]], dtype: torch.dtype) -> Tensor:
+def _partial_sum(terms: Sequence[tuple[int, Tensor]], dtype: torch.dtype) -> Tensor:
     total_H = torch.zeros_like(terms[0][1])
     for _, term_H in sorted(terms, key=_k_of_term):
         total_H = total_H + term_H

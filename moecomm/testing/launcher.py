@@ -81,6 +81,7 @@ def run_ranks(
     >>> run_ranks(operator.add, 2, 10, backend=None)
     [10, 11]
     """
+    _home_of(fn)  # refuse what no rank can find before any is started
     expect_exit = dict(expect_exit or {})
     if not expect_exit.keys() <= set(range(world_size)):
         raise ValueError(f"expect_exit names ranks {sorted(expect_exit)}; expected ranks below {world_size}")

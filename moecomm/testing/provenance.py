@@ -2,8 +2,9 @@
 
 Element `c` of a row holds the number `1 + (digits[c % 5] + 37 * c) % 255`, where `digits` are (token mod 255, rank,
 round mod 255, token // 255 mod 255, token // 255**2), so a row that lost, gained or shifted columns decodes to nothing.
-The numbers 1..255 are exact in float32, float16 and bfloat16; every other dtype carries them as bytes. 0 never occurs,
-so padding and untouched memory are told apart from a payload, and NaN stays free for poison.
+The numbers 1..255 are exact in float32, float16 and bfloat16; every other dtype carries them as bytes, and bool only
+whether they are odd. 0 never occurs, so padding and untouched memory are told apart from a payload, and NaN stays free
+for poison.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def provenance_rows(rank: int, num_tokens: int, hidden: int, dtype: torch.dtype,
     )
     columns = torch.arange(width)
     numbers = 1 + (digits_T5[:, columns % _NUM_DIGITS] + _STEP * columns) % _BASE
+    if dtype == torch.bool:
+        return numbers % 2 == 1
     if dtype in _NUMERIC_DTYPES:
         return numbers.to(dtype)
     return numbers.to(torch.uint8).view(dtype) if width else torch.empty((num_tokens, hidden), dtype=dtype)
@@ -78,11 +81,13 @@ def decode_provenance(rows: Tensor) -> list[RowOrigin | None]:
         rows: (N, H) any dtype.
 
     Returns:
-        One `RowOrigin` or None per row; all None when rows have fewer than five elements (or bytes).
+        One `RowOrigin` or None per row; all None when rows have fewer than five elements (or bytes), or are bool.
 
     >>> decode_provenance(torch.zeros(1, 8))
     [None]
     """
+    if rows.dtype == torch.bool:
+        return [None] * rows.shape[0]
     numbers = rows.detach().cpu()
     if rows.dtype in _NUMERIC_DTYPES:
         numbers = torch.nan_to_num(numbers.to(torch.float64), nan=-1.0, posinf=-1.0, neginf=-1.0)

@@ -35,7 +35,7 @@ from moecomm.testing import (
     run_ranks,
 )
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int64]
 
 
 # -- functions that run on the ranks -----------------------------------------------------------------------------
@@ -238,11 +238,11 @@ def test_functions_of_a_script_run(tmp_path: Path) -> None:
         def double(rank, note):
             return note.text * rank
         if __name__ == "__main__":
-            print(run_ranks(double, 3, Note("ab"), backend=None))
+            print(run_ranks(double, 2, Note("ab"), backend=None))
         """)
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
-    assert done.stdout.strip() == "['', 'ab', 'abab']", done.stderr
+    assert done.stdout.strip() == "['', 'ab']", done.stderr
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -398,7 +398,7 @@ def test_error_bound() -> None:
     with pytest.raises(AssertionError, match="far: max error"):
         assert_error_bounded((exact + 4 * spacing).bfloat16(), baseline, exact, "far")
     with pytest.raises(AssertionError, match="biased: mean error"):
-        assert_error_bounded((exact + 0.4 * spacing).float(), baseline, exact, "biased", factor=1.0)
+        assert_error_bounded((exact + 0.2 * spacing).float(), baseline, exact, "biased", factor=1.0)
     with pytest.raises(AssertionError, match="shapes differ"):
         assert_error_bounded(baseline[1:], baseline, exact, "short")
     with pytest.raises(AssertionError, match="the baseline is not finite"):

@@ -1,0 +1,147 @@
+"""Every transport x group size x named case against the oracle, forward and backward.
+
+The same file runs three ways:
+
+    pytest tests/conformance
+    torchrun --nproc-per-node 4 tests/conformance/test_conformance.py
+    mpiexec -n 4 python tests/conformance/test_conformance.py --cases plain,masked
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moecomm.errors import UnsupportedError
+from moecomm.testing import CASES, Case, RankPool, random_case
+from moecomm.testing.conformance import ConformanceResult, run_conformance
+from moecomm.transport import TRANSPORTS
+
+ROUNDS = 6
+ARRANGEMENTS = [(1, "local"), *((w, t) for w in (1, 2, 3, 4) for t in ("symmetric", "collective"))]
+TIMEOUT_S = 30.0
+
+
+def run_on_rank(rank: int, transport: str, case: Case, rounds: int) -> list[ConformanceResult]:
+    return run_conformance(None, transport, [case], rounds=rounds, timeout_s=TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    with RankPool(request.param, timeout_s=100.0) as ranks:
+        yield ranks
+
+
+def demand(results_of_ranks: list[list[ConformanceResult]], world_size: int, num_rows: int = 4) -> None:
+    failed = [
+        f"rank {result.rank}, {result.case}, layout {result.layout}, reduce {result.reduce}: {result.message}"
+        for results in results_of_ranks
+        for result in results
+        if not result.ok
+    ]
+    assert not failed, "\n".join(failed)
+    assert [len(results) for results in results_of_ranks] == [num_rows] * world_size
+    assert all(result.num_checks > 0 for results in results_of_ranks for result in results)
+
+
+@pytest.mark.parametrize(("pool", "transport"), ARRANGEMENTS, indirect=["pool"])
+@pytest.mark.parametrize("name", CASES)
+def test_named_case(pool: RankPool, transport: str, name: str) -> None:
+    demand(pool.run(run_on_rank, transport, CASES[name], ROUNDS), pool.world_size)
+
+
+@pytest.mark.parametrize(("pool", "transport"), [(3, "symmetric"), (3, "collective")], indirect=["pool"])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_case(pool: RankPool, transport: str, seed: int) -> None:
+    demand(pool.run(run_on_rank, transport, random_case(seed), 3), pool.world_size)
+
+
+# -- the same file under the launchers ---------------------------------------------------------------------------
+
+LAUNCHERS = {"torchrun": ["--nproc-per-node", "2"], "mpiexec": ["-n", "2", sys.executable]}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_runs_under(launcher: str) -> None:
+    program = shutil.which(launcher, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if program is None:
+        pytest.skip(f"{launcher} is not installed")
+    command = [program, *LAUNCHERS[launcher], __file__, "--cases", "plain,empty_rank", "--rounds", "2"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env=dict(os.environ, OMP_NUM_THREADS="1")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks" in done.stdout and " 0 failed" in done.stdout, done.stdout + done.stderr
+
+
+def _join() -> tuple[object, int]:
+    """The group that this process was started in, and its rank: MPI, torch.distributed, or alone."""
+    if {"PMI_RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys():
+        from mpi4py import MPI
+
+        return MPI.COMM_WORLD, MPI.COMM_WORLD.Get_rank()
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        return None, dist.get_rank()
+    return None, 0
+
+
+def _gather(group: object, results: list[ConformanceResult]) -> list[ConformanceResult]:
+    """Everybody's results, on every rank."""
+    everybody: list[list[ConformanceResult]] = [results]
+    if hasattr(group, "allgather"):
+        everybody = group.allgather(results)
+    elif dist.is_initialized():
+        everybody = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everybody, results)
+    return [result for of_rank in everybody for result in of_rank]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the cases on the ranks of the launcher that started this; 0 if all is well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transport", default=",".join(TRANSPORTS), help="names, separated by commas")
+    parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="random cases on top of the named ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the first random case")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    cases = [CASES[name] for name in options.cases.split(",") if name]
+    cases += [random_case(options.seed + i) for i in range(options.random)]
+
+    group, rank = _join()
+    num_failed = 0
+    for transport in options.transport.split(","):
+        try:
+            mine = run_conformance(group, transport, cases, rounds=options.rounds, timeout_s=TIMEOUT_S)
+        except UnsupportedError as error:
+            if rank == 0:
+                print(f"{transport}: not here: {error}")
+            continue
+        results = _gather(group, mine)
+        failed = [result for result in results if not result.ok]
+        num_failed += len(failed)
+        if rank == 0:
+            checks = sum(result.num_checks for result in results)
+            print(
+                f"{transport}: {len(cases)} cases, {results[0].world_size} ranks, {checks} checks, {len(failed)} failed"
+            )
+            for result in failed:
+                print(f"  {result.case}, {result.layout}, {result.reduce}, rank {result.rank}: {result.message}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 1 if num_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
