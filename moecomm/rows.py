@@ -56,7 +56,7 @@ def empty_rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.devi
     >>> empty_rows(2, 3, torch.bfloat16, torch.device("cpu")).shape
     torch.Size([2, 3])
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not num_rows * width:
         return torch.empty(num_rows, width, dtype=dtype, device=device)
     rows = torch.from_numpy(np.empty(num_rows * width * dtype.itemsize, np.uint8))
     return rows.view(dtype).view(num_rows, width)

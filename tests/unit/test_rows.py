@@ -346,6 +346,13 @@ def test_copy_into_memory_of_another_process_after_a_fork(threads: int) -> None:
     assert_same_bits(seen, (torch.arange(2048) % 4).bfloat16()[:, None].repeat(1, 1024))
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0), (2, 5)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_empty_rows_have_the_shape_asked_for(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    new = rows.empty_rows(*shape, dtype, torch.device("cpu"))
+    assert new.shape == shape and new.dtype == dtype and new.is_contiguous()
+
+
 def test_tensors_that_need_a_gradient_are_read_and_written(path: str) -> None:
     values = torch.randn(3, 4, requires_grad=True)
     out = torch.empty(3, 4)
