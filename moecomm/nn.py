@@ -1,0 +1,356 @@
+"""A complete mixture-of-experts layer on top of `moecomm.Buffer`: router, dispatch, experts, combine.
+
+Import it as `moecomm.nn`; `import moecomm` alone does not load it. Every weight is drawn from a seed and, for an
+expert, its global id: the same seed gives the same model on any number of ranks.
+
+Legend: T tokens of this rank, H hidden, E experts in all, L experts of this rank, K top-k, N rows received, D
+intermediate size of an expert, W ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moecomm import Buffer, ConfigError
+
+__all__ = ["GroupedExperts", "MoELayer", "Routing", "TopKRouter", "load_balancing_loss"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ROW_BYTES = 16  # grouped_mm takes rows of a multiple of this only, on a CPU too
+
+
+@final
+@dataclass(frozen=True, eq=False, slots=True)
+class Routing:
+    """What a router decided.
+
+    topk_idx: (T, K) int64 global expert ids, different ones in each row, most probable first.
+    topk_weights: (T, K) float32, what each expert's output is multiplied by.
+    probs: (T, E) float32, softmax over all experts; what `load_balancing_loss` takes.
+    """
+
+    topk_idx: Tensor
+    topk_weights: Tensor
+    probs: Tensor
+
+
+class TopKRouter(nn.Module):
+    """Choose K experts for every token: a linear map, a softmax over all experts, the K largest.
+
+    Computes in float32 whatever the dtype of the tokens is. Parameter `weight`: (E, H) float32, the same on all ranks;
+    its gradient is this rank's share.
+
+    Args:
+        hidden: H.
+        num_experts: E.
+        top_k: K, at most E.
+        renormalise: divide the K weights by their sum, so that they add up to 1. Not with K = 1: the weight would be 1
+            whatever the router says, and the router would learn nothing from it.
+        seed: of the weight.
+        device: of the weight.
+
+    Raises:
+        ConfigError: a size is no count, K > E, or K = 1 with renormalise.
+
+    >>> router = TopKRouter(hidden=8, num_experts=4, top_k=2, renormalise=True)
+    >>> routing = router(torch.randn(3, 8))
+    >>> routing.topk_idx.shape, routing.topk_weights.dtype, routing.probs.shape
+    (torch.Size([3, 2]), torch.float32, torch.Size([3, 4]))
+    >>> torch.allclose(routing.topk_weights.sum(1), torch.ones(3))
+    True
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        renormalise: bool = False,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_counts(hidden=hidden, num_experts=num_experts, top_k=top_k)
+        _check_type("renormalise", renormalise, bool)
+        if top_k > num_experts:
+            raise ConfigError(
+                "a router chooses different experts", got=f"top_k={top_k}", expected=f"at most {num_experts}"
+            )
+        if top_k == 1 and renormalise:
+            raise ConfigError(
+                "a single weight, renormalised, is always 1",
+                got="top_k=1, renormalise=True",
+                remedy="leave renormalise out, or the router learns nothing",
+            )
+        self.hidden, self.num_experts, self.top_k, self.renormalise = hidden, num_experts, top_k, renormalise
+        self.weight = nn.Parameter(_uniform((num_experts, hidden), hidden, seed, "router").to(device))
+
+    def forward(self, x_TH: Tensor) -> Routing:
+        """Route (T, H) tokens of any floating dtype."""
+        with torch.autocast(x_TH.device.type, enabled=False):
+            probs = F.softmax(F.linear(x_TH.float(), self.weight.float()), dim=-1)
+        weights, idx = probs.topk(self.top_k, dim=-1)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return Routing(idx, weights, probs)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden}, {self.num_experts}, top_k={self.top_k}, renormalise={self.renormalise}"
+
+
+def load_balancing_loss(probs: Tensor, expert_counts: Tensor) -> Tensor:
+    """Measure how unevenly a router spreads its tokens: E * sum over e of f_e * P_e; 1 when even, E at worst.
+
+    f_e is the fraction of all choices that went to expert e, P_e the mean probability of e. From Switch Transformer
+    (Fedus, Zoph, Shazeer 2021, section 2.2); f_e counts all K choices of a token and adds up to 1.
+
+    Only P_e has a gradient. With f_e of all ranks and the probabilities of one rank, the mean of this loss over ranks,
+    weighted by their T, is the loss of the whole batch, in value and gradient.
+
+    Args:
+        probs: (T, E) float32, softmax output; T may be 0, the loss is then 0.
+        expert_counts: (E,) integer, choices of every expert in order of global id.
+
+    Returns:
+        () float32.
+
+    >>> load_balancing_loss(torch.full((3, 4), 0.25), torch.tensor([2, 1, 2, 1]))
+    tensor(1.)
+    >>> load_balancing_loss(torch.eye(4)[:1], torch.tensor([3, 0, 0, 0]))
+    tensor(4.)
+    """
+    counts = expert_counts.to(probs.device, torch.float32)
+    fraction = counts / counts.sum().clamp(min=1)
+    mean_prob = probs.sum(0) / max(1, probs.shape[0])
+    return probs.shape[1] * (fraction * mean_prob).sum()
+
+
+class GroupedExperts(nn.Module):
+    """SwiGLU experts, each applied to its own group of rows: (silu(x @ gate) * (x @ up)) @ down, without biases.
+
+    Holds the experts of one rank. Parameters: `w_in` (L, H, 2 D), gate beside up; `w_out` (L, D, H). They differ
+    between ranks, so their gradients are not to be averaged over the ranks that share the experts: every token that
+    came here has left its share already.
+
+    Args:
+        hidden: H.
+        intermediate: D.
+        expert_ids: (L,) global ids of the experts to hold, in local order; may be empty.
+        seed: of the weights, together with the global id: an expert starts equal wherever it lives.
+        dtype: float32, float16 or bfloat16.
+        device: of the weights.
+
+    Raises:
+        ConfigError: a size is no count, an id is negative, or the dtype is another one.
+
+    >>> experts = GroupedExperts(hidden=8, intermediate=16, expert_ids=[4, 5])
+    >>> rows, expert_offsets = torch.randn(3, 8), torch.tensor([3, 3], dtype=torch.int32)
+    >>> experts(rows, expert_offsets).shape  # all rows are expert 4's
+    torch.Size([3, 8])
+    >>> torch.equal(experts.w_in[1], GroupedExperts(8, 16, [5]).w_in[0])
+    True
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        expert_ids: Sequence[int],
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_counts(hidden=hidden, intermediate=intermediate)
+        _check_dtype(dtype)
+        self.expert_ids = tuple(expert_ids)
+        for expert in self.expert_ids:
+            if not _is_int(expert) or expert < 0:
+                raise ConfigError("an expert id is no global id", got=repr(expert), expected="0 or more")
+        self.hidden, self.intermediate = hidden, intermediate
+
+        def stack(name: str, rows: int, columns: int) -> nn.Parameter:
+            drawn = [_uniform((rows, columns), rows, seed, f"{name}/{expert}") for expert in self.expert_ids]
+            empty = torch.empty(0, rows, columns, device="cpu")
+            return nn.Parameter((torch.stack(drawn) if drawn else empty).to(device, dtype))
+
+        self.w_in = stack("in", hidden, 2 * intermediate)
+        self.w_out = stack("out", intermediate, hidden)
+
+    def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
+        """Apply every expert to its rows.
+
+        Args:
+            x: (N, H) rows in the dtype of the weights, grouped by local expert; N may be 0.
+            expert_offsets: (L,) int32 end of each group; the last is N.
+
+        Returns:
+            (N, H) in the dtype of x. Rows of zeros, such as padding, give zeros.
+        """
+        gate, up = _grouped_mm(x, self.w_in, expert_offsets).chunk(2, dim=-1)
+        return _grouped_mm(F.silu(gate) * up, self.w_out, expert_offsets)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden}, {self.intermediate}, expert_ids={list(self.expert_ids)}, dtype={self.w_in.dtype}"
+
+
+class MoELayer(nn.Module):
+    """A mixture-of-experts layer whose experts are spread over the ranks of a buffer's group.
+
+    Every call is collective: all ranks call forward, and then backward, the same number of times in the same order,
+    also a rank without tokens. H, E, K, the dtype and the placement are those of the buffer. Several layers may share
+    one buffer.
+
+    Gradients: if each rank's loss is its share of a sum over all ranks, then expert gradients are complete as they are,
+    and all others (router included) are to be summed over the ranks. For a mean over ranks divide all of them by W.
+
+    Attributes:
+        router: TopKRouter.
+        experts: GroupedExperts, those of this rank.
+        aux_loss: () float32, `load_balancing_loss` of the last forward: this rank's probabilities, the choices of all
+            ranks. Add it, times a small factor (0.01 in Switch Transformer), to the loss. None before the first one.
+        expert_counts: (E,) int64 on the host: choices of all ranks in the last forward, by global id. None before.
+
+    Args:
+        buffer: what moves the rows; its dtype is that of tokens and experts.
+        intermediate: D of each expert.
+        renormalise: of the router.
+        align: rows that each expert's group is padded to a multiple of; None: 1 on a CPU, and on an accelerator the 16
+            bytes that its grouped matmul asks for.
+        seed: of all weights. Give every layer of a model another one.
+
+    Raises:
+        ConfigError: an option is wrong; forward: x has the wrong shape.
+
+    >>> buffer = Buffer(num_experts=4, hidden=8, top_k=2, max_tokens_per_rank=16, dtype=torch.float32)
+    >>> layer = MoELayer(buffer, intermediate=32, renormalise=True)
+    >>> x = torch.randn(2, 5, 8)
+    >>> y = layer(x)
+    >>> (y.square().mean() + 0.01 * layer.aux_loss).backward()
+    >>> y.shape, layer.experts.w_in.grad.shape, int(layer.expert_counts.sum())
+    (torch.Size([2, 5, 8]), torch.Size([4, 8, 64]), 20)
+    """
+
+    aux_loss: Tensor | None
+    expert_counts: Tensor | None
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        *,
+        intermediate: int,
+        renormalise: bool = False,
+        align: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_type("buffer", buffer, Buffer)
+        config = buffer.config
+        _check_dtype(config.dtype)
+        self.buffer = buffer
+        self.align = _default_align(config.device, config.dtype) if align is None else align
+        expert_ids = config.placement.experts_of_rank[buffer.group.rank]
+        self.router = TopKRouter(
+            config.hidden, config.num_experts, config.top_k, renormalise=renormalise, seed=seed, device=config.device
+        )
+        self.experts = GroupedExperts(
+            config.hidden, intermediate, expert_ids, seed=seed, dtype=config.dtype, device=config.device
+        )
+        self.aux_loss = self.expert_counts = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Send every token through its K experts and add up what they say.
+
+        Args:
+            x: (..., H) in the buffer's dtype; at most max_tokens_per_rank tokens, which may differ between ranks and be
+                0.
+
+        Returns:
+            (..., H) in the buffer's dtype, without a residual.
+        """
+        config = self.buffer.config
+        if x.ndim < 1 or x.shape[-1] != config.hidden:
+            raise ConfigError(
+                "x has the wrong shape",
+                got=tuple(x.shape),
+                expected=f"(..., {config.hidden})",
+                rank=self.buffer.group.rank,
+            )
+        x_TH = x.reshape(-1, config.hidden)
+        routing = self.router(x_TH)
+        out = self.buffer.dispatch(x_TH, routing.topk_idx, routing.topk_weights, align=self.align)
+        rows = self.experts(out.x, out.expert_offsets)
+        y_TH = self.buffer.combine(rows, out.handle)
+        flat_counts = out.handle.expert_counts.sum(0)  # in the order of ranks and their local ids
+        self.expert_counts = torch.empty_like(flat_counts).index_copy_(
+            0, torch.tensor(config.placement.flat_experts, device="cpu"), flat_counts
+        )
+        self.aux_loss = load_balancing_loss(routing.probs, self.expert_counts)
+        return y_TH.view(x.shape)
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """Nothing, with a gradient made contiguous: the backward of grouped_mm refuses an expanded one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()
+
+
+def _grouped_mm(x_NI: Tensor, w_LIO: Tensor, offs_L: Tensor) -> Tensor:
+    """x[n] @ w[group of n], with rows padded to what the kernel takes; padding of zeros changes no sum."""
+    step = _ROW_BYTES // x_NI.element_size()
+    num_in, num_out = w_LIO.shape[1:]
+    pad_in, pad_out = -num_in % step, -num_out % step
+    if pad_in or pad_out:
+        x_NI, w_LIO = F.pad(x_NI, (0, pad_in)), F.pad(w_LIO, (0, pad_out, 0, pad_in))
+    y_NO = _ContiguousGrad.apply(F.grouped_mm(x_NI.contiguous(), w_LIO, offs=offs_L))
+    return y_NO[:, :num_out]
+
+
+def _default_align(device: torch.device, dtype: torch.dtype) -> int:
+    return 1 if device.type == "cpu" else _ROW_BYTES // dtype.itemsize
+
+
+def _uniform(shape: tuple[int, int], fan_in: int, seed: int, name: str) -> Tensor:
+    """A float32 matrix between -1/sqrt(fan_in) and 1/sqrt(fan_in), by seed and name alone."""
+    _check_type("seed", seed, int)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    bound = 1 / math.sqrt(fan_in)
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_counts(**counts: object) -> None:
+    for name, value in counts.items():
+        if not _is_int(value) or value < 1:  # type: ignore[operator]
+            raise ConfigError(f"{name} is no count", got=repr(value), expected="an integer of at least 1")
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    if not (_is_int(value) if kind is int else isinstance(value, kind)):
+        raise ConfigError(f"{name} has the wrong type", got=repr(value), expected=f"a value of type {kind.__name__}")
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        expected = " or ".join(str(accepted) for accepted in _DTYPES)
+        raise ConfigError("experts compute in another dtype", got=dtype, expected=expected)
