@@ -56,31 +56,77 @@ def _rebuild(cls: type[MoECommError], state: dict[str, object], args: tuple[obje
 
 
 class ConfigError(MoECommError, ValueError):
-    """An argument is wrong, or ranks were given different ones."""
+    """An argument is wrong, or ranks were given different ones.
+
+    >>> import moecomm
+    >>> try:
+    ...     moecomm.Buffer(num_experts=0, hidden=8, top_k=1, max_tokens_per_rank=1)
+    ... except moecomm.ConfigError as error:
+    ...     print(error.what, error.got)
+    num_experts is no count 0
+    """
 
 
 class RoutingError(MoECommError, ValueError):
-    """A routing names an expert that does not exist, or has the wrong shape or dtype."""
+    """A routing names an expert that does not exist, or has the wrong shape or dtype.
+
+    >>> import torch, moecomm
+    >>> buffer = moecomm.Buffer(num_experts=2, hidden=1, top_k=1, max_tokens_per_rank=1, dtype=torch.float32)
+    >>> try:
+    ...     buffer.dispatch(torch.zeros(1, 1), torch.tensor([[2]]))
+    ... except moecomm.RoutingError as error:
+    ...     print(error.what, error.got)
+    topk_idx[0, 0] names no expert 2
+    """
 
 
 class CapacityError(MoECommError, ValueError):
-    """More tokens or bytes than the buffer was built for."""
+    """More tokens or bytes than the buffer was built for.
+
+    >>> import torch, moecomm
+    >>> buffer = moecomm.Buffer(num_experts=2, hidden=1, top_k=1, max_tokens_per_rank=1, dtype=torch.float32)
+    >>> try:
+    ...     buffer.dispatch(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64))
+    ... except moecomm.CapacityError as error:
+    ...     print(error.got, error.expected)
+    2 at most max_tokens_per_rank=1
+    """
 
 
 class UnsupportedError(MoECommError, NotImplementedError):
-    """What was asked for is not available here; the message says what is."""
+    """What was asked for is not available here; the message says what is.
+
+    >>> import moecomm
+    >>> try:
+    ...     moecomm.Buffer(num_experts=2, hidden=1, top_k=1, max_tokens_per_rank=1, transport="collective")
+    ... except moecomm.UnsupportedError as error:
+    ...     print(error.got)
+    collective: the group is not one of torch.distributed
+    """
 
 
 class StallError(MoECommError, TimeoutError):
-    """A deadline passed; `peers` are the ranks that did not arrive."""
+    """A deadline passed; `peers` are the ranks that did not arrive.
+
+    >>> StallError("gave up after 60.0 s waiting for rank 3", operation="dispatch", seq=7, peers=[3]).peers
+    (3,)
+    """
 
 
 class PeerLostError(MoECommError, ConnectionError):
-    """A peer died or closed its end; `peers` names it where the transport can know."""
+    """A peer died or closed its end; `peers` names it where the transport can know.
+
+    >>> print(PeerLostError("rank 1 is gone", rank=0, operation="combine", seq=2, peers=[1]))
+    rank 0: combine #2: rank 1 is gone
+    """
 
 
 class DesyncError(MoECommError, RuntimeError):
-    """Ranks called different operations, or the same one with different arguments."""
+    """Ranks called different operations, or the same one with different arguments.
+
+    >>> issubclass(DesyncError, RuntimeError)
+    True
+    """
 
     @classmethod
     def among(cls, tags: Sequence[str], rank: int, seq: int) -> DesyncError | None:
@@ -104,4 +150,14 @@ class DesyncError(MoECommError, RuntimeError):
 
 
 class StaleHandleError(MoECommError, RuntimeError):
-    """A handle, buffer or view that is no longer valid, or that belongs to another buffer."""
+    """A handle, buffer or view that is no longer valid, or that belongs to another buffer.
+
+    >>> import torch, moecomm
+    >>> buffer = moecomm.Buffer(num_experts=2, hidden=1, top_k=1, max_tokens_per_rank=1, dtype=torch.float32)
+    >>> buffer.close()
+    >>> try:
+    ...     buffer.dispatch(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+    ... except moecomm.StaleHandleError as error:
+    ...     print(error)
+    rank 0: the buffer is closed: build a new Buffer
+    """

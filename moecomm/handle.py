@@ -33,6 +33,8 @@ class DispatchHandle:
     pair_pos: (T, W) int32 position of pair (t, w) in `pair_tokens`, -1 for none.
     recv_table: (P, K) int32 row of each entry received (layout "expert") or its local expert id (layout "rank"),
         -1 elsewhere; pairs sorted by (source rank, token).
+    recv_keys: (P,) int32 place of each pair's token among those that its source sends to this node; empty where the
+        transport does not sum per node.
     row_weights: (N,) float32 in layout "expert", 0 in padding rows; (N, K) in layout "rank", 0 for experts elsewhere.
     expert_counts: (W, E) int32 on the host, entries from each source rank to each expert.
     pair_counts: (W, W) int32 on the host, pairs from each source rank to each destination rank.
@@ -52,6 +54,7 @@ class DispatchHandle:
     pair_tokens: Tensor
     pair_pos: Tensor
     recv_table: Tensor
+    recv_keys: Tensor
     row_weights: Tensor
     expert_counts: Tensor
     pair_counts: Tensor
@@ -78,6 +81,7 @@ class Dispatched:
     """What this rank received. N rows; a pytree of tensors.
 
     x: (N, H) rows, bit-identical to the sent ones; a pair (rows, scales) if a pair was dispatched. Padding rows are 0.
+        (Typed Any, since the caller knows which of the two he sent.)
     expert_offsets: (L,) int32 end of each local expert's padded group, ready for `grouped_mm(offs=)`; layout "expert".
     tokens_per_expert: (L,) int32 rows of each local expert without padding.
     row_weights: (N,) float32 weight of each row, 0 in padding; None in layout "rank".
@@ -92,7 +96,7 @@ class Dispatched:
     ([[7.0], [5.0]], [1, 2])
     """
 
-    x: Tensor | tuple[Tensor, Tensor]
+    x: Any
     expert_offsets: Tensor | None
     tokens_per_expert: Tensor
     row_weights: Tensor | None

@@ -73,7 +73,7 @@ def test_row_weights_carry_the_gradient_when_the_caller_applies_them(buffer: moe
         torch.manual_seed(0)
         x, topk_idx, weights = inputs()
         out = buffer.dispatch(x, topk_idx, weights)
-        assert isinstance(out.x, Tensor) and out.row_weights is not None
+        assert out.row_weights is not None
         rows = out.x if weighted else out.x * out.row_weights[:, None]
         buffer.combine(rows, out.handle, weighted=weighted).square().sum().backward()
         grads.append((x.grad, weights.grad))
@@ -84,7 +84,6 @@ def test_row_weights_carry_the_gradient_when_the_caller_applies_them(buffer: moe
 def test_checkpointing_gives_the_same_gradients(buffer: moecomm.Buffer) -> None:
     def layer(x: Tensor, weights: Tensor, topk_idx: Tensor) -> Tensor:
         out = buffer.dispatch(x, topk_idx, weights)
-        assert isinstance(out.x, Tensor)
         return buffer.combine(out.x.sin(), out.handle)
 
     grads = []
@@ -129,7 +128,6 @@ def test_async_twins_are_differentiable(buffer: moecomm.Buffer) -> None:
         torch.manual_seed(2)
         x, topk_idx, weights = inputs()
         out = buffer.dispatch_async(x, topk_idx, weights).wait() if later else buffer.dispatch(x, topk_idx, weights)
-        assert isinstance(out.x, Tensor)
         rows = out.x * 3
         y = buffer.combine_async(rows, out.handle).wait() if later else buffer.combine(rows, out.handle)
         y.square().sum().backward()
