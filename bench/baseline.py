@@ -62,7 +62,7 @@ def baseline_combine(rows_NH: Tensor, topk_weights_TK: Tensor, routing: Routing)
     rows = torch.cat([chunks[e * world + rank] for rank in range(world) for e in range(here)])
     rows = _exchange(rows, routing.send_splits, routing.recv_splits)
     unsorted = torch.empty_like(rows).index_copy_(0, routing.order, rows)
-    per_token = unsorted.view(*topk_weights_TK.shape, -1)
+    per_token = unsorted.view(*topk_weights_TK.shape, rows.shape[1])
     return (per_token * topk_weights_TK.to(rows.dtype).unsqueeze(-1)).sum(1)
 
 

@@ -2,7 +2,6 @@
 
     torchrun --nproc-per-node 4 bench/bench_dispatch_combine.py --tokens 16,1024
     python bench/bench_dispatch_combine.py --tokens 1024            # one rank
-    torchrun --nproc-per-node 4 bench/bench_dispatch_combine.py --memory-iterations 1000 --tokens 256 --hidden 1024
 
 What is timed: the whole call as a user makes it, checks, planning and the exchange of counts included, from a barrier
 to the return on the slowest rank. Expert outputs exist already when combine is called. Every round runs each path once;
@@ -14,123 +13,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moecomm
-from bench.baseline import baseline_combine, baseline_dispatch
+from bench.baseline import Routing, baseline_combine, baseline_dispatch
+from bench.case import Case, Ranks, add_shape_arguments, check_combine, check_dispatch, make_case
 from bench.record import Measurement, environment, percentiles, write
 from bench.roof import Roof
 from bench.traffic import Traffic, traffic
 from moecomm.placement import ExpertPlacement
 
 PHASES = ("plan", "counts", "send", "wait", "arrange")
-
-
-@dataclass(frozen=True)
-class Case:
-    """The inputs of one rank. expert_scale_E makes the experts differ: expert e multiplies a row by it."""
-
-    tokens: int
-    rank: int
-    x_of_rank: list[Tensor]
-    topk_idx_of_rank: list[Tensor]
-    topk_weights_TK: Tensor
-    expert_scale_E: Tensor
-
-    @property
-    def x(self) -> Tensor:
-        """(T, H) rows of this rank."""
-        return self.x_of_rank[self.rank]
-
-    @property
-    def topk_idx(self) -> Tensor:
-        """(T, K) int64 routing of this rank."""
-        return self.topk_idx_of_rank[self.rank]
-
-
-def make_case(args: argparse.Namespace, tokens: int, rank: int, world: int, device: torch.device) -> Case:
-    """Draw the inputs of all ranks (each can check what it gets); uniform routing, K different experts per token."""
-    xs, ids = [], []
-    for source in range(world):
-        generator = torch.Generator().manual_seed(1000 * tokens + source)
-        scores = torch.rand(tokens, args.experts, generator=generator)
-        ids.append(scores.topk(args.top_k).indices.to(device))
-        xs.append(torch.randn(tokens, args.hidden, generator=generator).to(args.dtype).to(device))
-    weights = torch.rand(tokens, args.top_k, generator=torch.Generator().manual_seed(rank)).to(device)
-    scale = 0.5 + torch.arange(args.experts, device=device) / args.experts
-    return Case(tokens, rank, xs, ids, weights, scale.to(args.dtype))
-
-
-class Ranks:
-    """This process among its peers; a plain `python` start is a world of one."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-
-    def time_us(self, call: Callable[[], object]) -> float:
-        """Microseconds of one call, which all ranks begin together."""
-        self.synchronize()
-        if self.world > 1:
-            dist.barrier()
-        start = time.perf_counter()
-        call()
-        self.synchronize()
-        return (time.perf_counter() - start) * 1e6
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def slowest(self, times_us: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Round by round the maximum over ranks."""
-        every: list[dict[str, list[float]]] = [times_us] * self.world
-        if self.world > 1:
-            dist.all_gather_object(every, times_us)
-        return {name: np.max([one[name] for one in every], 0).tolist() for name in times_us}
-
-
-def check_dispatch(case: Case, rows_NH: Tensor, placement: ExpertPlacement, path: str) -> Tensor:
-    """Compare arrived rows with what the routing says, bit by bit; (N,) the global expert of every row."""
-    here = placement.experts_of_rank[case.rank]
-    at = 0
-    experts = []
-    for expert in here:
-        for x, ids in zip(case.x_of_rank, case.topk_idx_of_rank, strict=True):
-            tokens = (ids == expert).nonzero()[:, 0]
-            got, expected = rows_NH[at : at + len(tokens)], x[tokens]
-            assert torch.equal(got.view(torch.int8), expected.view(torch.int8)), f"{path}: rows of expert {expert}"
-            at += len(tokens)
-            experts += [expert] * len(tokens)
-    assert at == len(rows_NH), f"{path}: {len(rows_NH)} rows arrived, {at} were sent"
-    return torch.tensor(experts, dtype=torch.int64, device=rows_NH.device)
-
-
-def check_combine(case: Case, y_TH: Tensor, path: str) -> None:
-    """Compare with float64, within four roundings of the row dtype."""
-    unit = torch.finfo(y_TH.dtype).eps / 2
-    for part in torch.arange(case.tokens).split(128):
-        outputs = case.x[part][:, None] * case.expert_scale_E[case.topk_idx[part]][..., None]
-        terms = outputs.double() * case.topk_weights_TK[part].double()[..., None]
-        error, bound = (y_TH[part].double() - terms.sum(1)).abs(), 4 * unit * terms.abs().sum(1)
-        assert (error <= bound).all(), f"{path}: combine is off by {(error - bound).max():.2e} more than it may be"
 
 
 def run_case(args: argparse.Namespace, ranks: Ranks, tokens: int) -> list[Measurement]:
@@ -148,7 +49,7 @@ def run_case(args: argparse.Namespace, ranks: Ranks, tokens: int) -> list[Measur
         num_experts=args.experts,
         hidden=args.hidden,
         top_k=args.top_k,
-        max_tokens_per_rank=tokens,
+        max_tokens_per_rank=max(tokens, 1),
         dtype=args.dtype,
         transport=args.transport,
         reduce=args.reduce,
@@ -204,38 +105,34 @@ def one_round(
     phases: defaultdict[str, float],
 ) -> None:
     """Run every path once; the order of the paths turns from round to round."""
-    kept: dict[str, tuple[object, ...]] = {}
 
     def ours() -> None:
-        kept["out"] = (buffer.dispatch(case.x, case.topk_idx, case.topk_weights_TK, layout=args.layout),)
+        before = buffer.stats()
+        sent: list[moecomm.Dispatched] = []
+        dispatch = partial(buffer.dispatch, case.x, case.topk_idx, case.topk_weights_TK, layout=args.layout)
+        times["moecomm dispatch"].append(ranks.time_us(lambda: sent.append(dispatch())))
+        between = buffer.stats()
+        handle = sent.pop().handle  # the rows may go
+        times["moecomm combine"].append(ranks.time_us(lambda: buffer.combine(outputs, handle)))
+        after = buffer.stats()
+        for name in PHASES:
+            phases[name] += between[f"{name}_s"] - before[f"{name}_s"]
+            phases[f"combine {name}"] += after[f"{name}_s"] - between[f"{name}_s"]
 
     def theirs() -> None:
-        kept["out"] = baseline_dispatch(case.x, case.topk_idx, args.experts)
-
-    def round_of_ours() -> None:
-        before = buffer.stats()
-        times["moecomm dispatch"].append(ranks.time_us(ours))
-        for name in PHASES:
-            phases[name] += buffer.stats()[f"{name}_s"] - before[f"{name}_s"]
-        handle = kept.pop("out")[0].handle  # type: ignore[attr-defined]
-        before = buffer.stats()
-        times["moecomm combine"].append(ranks.time_us(lambda: buffer.combine(outputs, handle)))
-        for name in PHASES:
-            phases[f"combine {name}"] += buffer.stats()[f"{name}_s"] - before[f"{name}_s"]
-
-    def round_of_theirs() -> None:
-        times["baseline dispatch"].append(ranks.time_us(theirs))
-        routing = kept.pop("out")[1]
-        combine = lambda: baseline_combine(outputs, case.topk_weights_TK, routing)  # type: ignore[arg-type]  # noqa: E731
+        sent: list[tuple[Tensor, Routing]] = []
+        dispatch = partial(baseline_dispatch, case.x, case.topk_idx, args.experts)
+        times["baseline dispatch"].append(ranks.time_us(lambda: sent.append(dispatch())))
+        routing = sent.pop()[1]
+        combine = partial(baseline_combine, outputs, case.topk_weights_TK, routing)
         times["baseline combine"].append(ranks.time_us(combine))
 
-    def round_of_roofs() -> None:
+    def roofs() -> None:
         for operation, num_bytes in moved.items():
-            times[f"memcpy {operation}"].append(ranks.time_us(lambda n=num_bytes: roof.memcpy(n)))  # type: ignore[misc]
-            copy = lambda n=num_bytes: roof.streamed_copy(n)  # type: ignore[misc]  # noqa: E731
-            times[f"streamed copy {operation}"].append(ranks.time_us(copy))
+            times[f"memcpy {operation}"].append(ranks.time_us(partial(roof.memcpy, num_bytes)))
+            times[f"streamed copy {operation}"].append(ranks.time_us(partial(roof.streamed_copy, num_bytes)))
 
-    rounds = {"moecomm": round_of_ours, "baseline": round_of_theirs, "roof": round_of_roofs}
+    rounds = {"moecomm": ours, "baseline": theirs, "roof": roofs}
     wanted = [name for name in rounds if name in args.paths]
     turn = len(times["moecomm dispatch"]) % len(wanted)
     for name in wanted[turn:] + wanted[:turn]:
@@ -321,66 +218,13 @@ def show(rows: Sequence[Measurement], phase_s: dict[str, float]) -> None:
     print("phases on rank 0, ms:", ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in phase_s.items()))
 
 
-def check_memory(args: argparse.Namespace, ranks: Ranks, tokens: int) -> None:
-    """Compare what is mapped with `plan_memory`, then watch resident memory over many iterations."""
-    case = make_case(args, tokens, ranks.rank, ranks.world, ranks.device)
-    sizes = {
-        "num_experts": args.experts,
-        "hidden": args.hidden,
-        "top_k": args.top_k,
-        "max_tokens_per_rank": tokens,
-        "dtype": args.dtype,
-        "reduce": args.reduce,
-    }
-    plan = moecomm.Buffer.plan_memory(num_ranks=ranks.world, **sizes)
-    with moecomm.Buffer(transport=args.transport, **sizes) as buffer:
-        mapped = mapped_bytes() // ranks.world  # of all ranks, all of the same size
-        if ranks.rank == 0 and buffer.transport == "symmetric":
-            print(f"plan_memory {plan.total_bytes} bytes, mapped {mapped}: {100 * mapped / plan.total_bytes:.2f} %")
-        resident = []
-        for number in range(args.memory_iterations):
-            out = buffer.dispatch(case.x, case.topk_idx, case.topk_weights_TK, layout=args.layout)
-            buffer.combine(out.x, out.handle)
-            if number >= args.memory_iterations // 10:
-                resident.append(resident_bytes())
-        half = len(resident) // 2
-        first, last = max(resident[:half]), max(resident[half:])
-        growth = [f"{(last - first) / 2**20:+.2f} MiB"]
-        if ranks.world > 1:
-            growth = [""] * ranks.world
-            dist.all_gather_object(growth, f"{(last - first) / 2**20:+.2f} MiB")
-        if ranks.rank == 0:
-            print(f"{args.memory_iterations} iterations: most resident {last / 2**20:.1f} MiB, growth from the first")
-            print(f"half of the last 90 % to the second, by rank: {', '.join(growth)}; {buffer.stats()}")
-
-
-def mapped_bytes() -> int:
-    """Bytes of moecomm's shared memory in the address space of this process."""
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:moecomm" in line]
-    return sum(int(span[0].split("-")[1], 16) - int(span[0].split("-")[0], 16) for span in lines)
-
-
-def resident_bytes() -> int:
-    """Bytes of this process that are in memory, shared ones included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    integers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--tokens", type=integers, default=[1024], help="T per rank, a comma list: one case each")
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
-    parser.add_argument("--transport", default="auto")
-    parser.add_argument("--layout", choices=("expert", "rank"), default="expert")
-    parser.add_argument("--reduce", choices=("rank", "source"), default="rank")
+    add_shape_arguments(parser)
     parser.add_argument("--paths", type=lambda text: text.split(","), default=["moecomm", "baseline", "roof"])
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=5, help="rounds before them")
-    parser.add_argument("--memory-iterations", type=int, default=0, help="watch memory over so many instead of timing")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.json (cases that are there are replaced)")
     args = parser.parse_args(argv)
     unknown = set(args.paths) - {"moecomm", "baseline", "roof"}
@@ -391,6 +235,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--experts {args.experts}: the baseline needs a multiple of {world} ranks; leave it out of --paths"
         )
+    if args.layout == "rank" and args.reduce == "source":
+        parser.error("--layout rank sums on the expert rank: it needs --reduce rank")
     if args.layout == "rank" and "baseline" in args.paths:
         args.paths.remove("baseline")  # the frameworks' path has no such layout
     return args
@@ -402,15 +248,10 @@ def main() -> None:
     ranks = Ranks()
     rows: list[Measurement] = []
     for tokens in args.tokens:
-        if args.memory_iterations:
-            check_memory(args, ranks, tokens)
-        else:
-            rows += run_case(args, ranks, tokens)
+        rows += run_case(args, ranks, tokens)
     if ranks.rank == 0 and args.out and rows:
         print("wrote", *write(rows, args.out))
-    if ranks.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,160 @@
+"""The benchmark's arithmetic, and one small run of each script."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import moecomm
+from bench.baseline import baseline_combine, baseline_dispatch
+from bench.record import Measurement, percentiles, read, write
+from bench.report import insert, table
+from bench.traffic import traffic
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["baseline", "record", "report", "roof", "traffic"])
+def test_examples(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"bench.{name}"))
+    assert not found.failed
+
+
+@pytest.mark.parametrize(("layout", "reduce"), [("expert", "rank"), ("expert", "source"), ("rank", "rank")])
+def test_bytes_are_those_the_buffer_counts(layout: str, reduce: str) -> None:
+    ids = torch.rand(20, 6).topk(3).indices
+    ids[3, 1] = ids[7] = -1
+    bytes_of = traffic([ids.numpy()], moecomm.ExpertPlacement.uniform(6, 1), layout=layout, reduce=reduce, row_bytes=20)
+    with moecomm.Buffer(
+        num_experts=6, hidden=5, top_k=3, max_tokens_per_rank=20, dtype=torch.float32, reduce=reduce
+    ) as buffer:
+        out = buffer.dispatch(torch.randn(20, 5), ids, layout=layout)
+        assert isinstance(out.x, torch.Tensor)
+        rows = buffer.stats()["rows_local"]
+        assert bytes_of["dispatch"][0].local == 20 * rows == 20 * len(out.x)
+        buffer.combine(out.x, out.handle)
+        assert bytes_of["combine"][0].local == 20 * (buffer.stats()["rows_local"] - rows)
+    assert bytes_of["dispatch"][0].remote == bytes_of["combine"][0].remote == 0
+
+
+def test_bytes_of_two_ranks() -> None:
+    """Rank 0 sends tokens to experts 0 1 | 2 3 of two ranks, rank 1 sends nothing."""
+    ids = [np.array([[0, 1], [1, 2], [2, 3], [-1, 3]]), np.empty((0, 2), np.int64)]
+    placement = moecomm.ExpertPlacement.uniform(4, 2)
+    bytes_of = traffic(ids, placement, layout="expert", reduce="rank", row_bytes=10)
+    out, home = bytes_of["dispatch"], bytes_of["combine"]
+    assert (out[0].local, out[0].remote, out[0].deduplicated, out[0].moved) == (30, 40, 30, 70)
+    assert (out[1].local, out[1].remote, out[1].moved) == (0, 0, 0)
+    # Rank 1 reads 4 rows and sends 3 sums; rank 0 reads 3 and writes 2, then reads 5 sums and writes 4 tokens.
+    assert (home[1].local, home[1].remote, home[1].moved) == (0, 30, 35)
+    assert (home[0].local, home[0].remote, home[0].moved) == (20, 0, 70)
+    unsummed = traffic(ids, placement, layout="expert", reduce="source", row_bytes=10)["combine"]
+    assert (unsummed[1].remote, unsummed[1].deduplicated, unsummed[1].moved) == (40, 30, 40)
+
+
+def test_baseline_gives_what_moecomm_gives() -> None:
+    x, ids, weights = torch.randn(30, 7), torch.rand(30, 8).topk(3).indices, torch.rand(30, 3)
+    rows, routing = baseline_dispatch(x, ids, 8)
+    y = baseline_combine(2 * rows, weights, routing)
+    with moecomm.Buffer(num_experts=8, hidden=7, top_k=3, max_tokens_per_rank=30, dtype=torch.float32) as buffer:
+        out = buffer.dispatch(x, ids, weights)
+        assert isinstance(out.x, torch.Tensor)
+        assert torch.equal(out.x, rows), "first difference: " + str((out.x != rows).nonzero()[:1].tolist())
+        ours = buffer.combine(2 * out.x, out.handle)
+    exact = 2 * x.double() * weights.double().sum(1, keepdim=True)
+    for got in (y, ours):
+        error = (got.double() - exact).abs().max()
+        assert error < 1e-5 and error < 2 * (y.double() - exact).abs().max() + 1e-6
+
+
+def a_row(**changes: object) -> Measurement:
+    """A measurement with plausible numbers."""
+    p20, p50, p80 = percentiles([100.0, 200.0, 300.0])
+    row = Measurement(
+        case="a",
+        path="moecomm",
+        transport="symmetric",
+        layout="expert",
+        reduce="rank",
+        operation="dispatch",
+        world=2,
+        tokens=16,
+        hidden=8,
+        top_k=2,
+        experts=4,
+        dtype="bfloat16",
+        threads=1,
+        iterations=5,
+        p20_us=p20,
+        p50_us=p50,
+        p80_us=p80,
+        bytes_local=1_000_000,
+        bytes_remote=1_000_000,
+        bytes_deduplicated=1_000_000,
+        bytes_moved=1_000_000,
+        gb_per_s=5.0,
+        percent_of_roof=80.0,
+        speedup=None,
+        plan_percent=None,
+        device="a machine",
+        versions="torch 2",
+        commit="abc",
+        date="2026-11-23",
+    )
+    return replace(row, **changes)  # type: ignore[arg-type]
+
+
+def test_results_are_replaced_case_by_case(tmp_path: Path) -> None:
+    write([a_row(), a_row(case="b")], tmp_path / "r")
+    write([a_row(p50_us=7.0)], tmp_path / "r")
+    assert [(row.case, row.p50_us) for row in read([tmp_path / "r.json"])] == [("b", 200.0), ("a", 7.0)]
+    assert len((tmp_path / "r.csv").read_text().splitlines()) == 3
+
+
+def test_table_holds_ours_beside_the_others() -> None:
+    text = table([a_row(speedup=20.0), a_row(path="baseline", p50_us=4000.0), a_row(path="memcpy", p50_us=160.0)])
+    assert "| 2 | 16 | dispatch | **0.20** (0.14, 0.26) | 4.00 | 20.0x | 0.16 | 80 % | 5.0 | 1.0 | 1.0 (1.0) |" in text
+
+
+def test_insert_wants_both_markers() -> None:
+    with pytest.raises(SystemExit, match=r"x\.md: no line"):
+        insert("<!-- bench:end -->\n<!-- bench:begin -->\n", "new", Path("x.md"))
+
+
+@pytest.mark.parametrize("options", [[], ["--layout", "rank"], ["--reduce", "source", "--transport", "collective"]])
+def test_two_ranks_run_the_benchmark(options: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    small = ["--tokens", "0,9", "--hidden", "32", "--experts", "6", "--top-k", "2", "--repeats", "2", "--warmup", "1"]
+    run("bench_dispatch_combine.py", *small, *options, "--out", str(out))
+    rows = read([out.with_suffix(".json")])
+    paths = {"moecomm", "memcpy", "streamed copy"} | (set() if "rank" in options else {"baseline"})
+    assert {(row.path, row.operation) for row in rows} == {
+        (p, o) for p in paths for o in ("dispatch", "combine", "both")
+    }
+    assert {row.tokens for row in rows} == {0, 9} and all(row.p20_us <= row.p50_us <= row.p80_us for row in rows)
+    assert json.loads(out.with_suffix(".json").read_text())[0]["world"] == 2
+
+
+def test_two_ranks_run_the_memory_check() -> None:
+    text = run("bench_memory.py", "--tokens", "9", "--hidden", "32", "--iterations", "20")
+    assert "100.00 %" in text and "20 iterations" in text
+
+
+def run(script: str, *options: str) -> str:
+    """Standard output of a script on two ranks."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(ROOT / "bench" / script), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
