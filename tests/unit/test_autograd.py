@@ -62,9 +62,10 @@ def test_gradients_are_those_of_the_formula(buffer: moecomm.Buffer) -> None:
     x2, weights2 = (t.detach().double().requires_grad_() for t in (x, weights))
     total = (weights2 * (topk_idx >= 0)).sum(1, keepdim=True)
     (x2.square() * total).backward(upstream.double())
-    torch.testing.assert_close(x.grad, x2.grad.float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(weights.grad, weights2.grad.float(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(bias.grad, upstream)  # type: ignore[arg-type]
+    for got, exact in ((x.grad, x2.grad), (weights.grad, weights2.grad)):
+        assert exact is not None
+        torch.testing.assert_close(got, exact.float(), rtol=1e-5, atol=1e-5)
+    assert bias.grad is not None and torch.equal(bias.grad, upstream)
 
 
 def test_row_weights_carry_the_gradient_when_the_caller_applies_them(buffer: moecomm.Buffer) -> None:
@@ -133,4 +134,4 @@ def test_async_twins_are_differentiable(buffer: moecomm.Buffer) -> None:
         y.square().sum().backward()
         grads.append((y.detach(), x.grad, weights.grad))
     for now, then in zip(*grads, strict=True):
-        assert torch.equal(now, then)  # type: ignore[arg-type]
+        assert now is not None and then is not None and torch.equal(now, then)
