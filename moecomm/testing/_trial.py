@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class Checks:
     def bitwise(self, actual: Tensor, expected: Tensor, what: str, origin: Callable[[int], str] | None = None) -> None:
         self._take(lambda: assert_bitwise(actual, expected, what, origin))
 
-    def bounded(self, actual: Tensor, baseline: Tensor, exact: Tensor, what: str) -> None:
-        self._take(lambda: assert_error_bounded(actual, baseline, exact, what))
+    def bounded(self, actual: Tensor, baseline: Tensor, exact: Tensor, magnitude: Tensor, what: str) -> None:
+        self._take(lambda: assert_error_bounded(actual, baseline, exact, what, magnitude=magnitude))
 
     def refused(self, call: Callable[[], object], kind: type[MoECommError], what: str) -> None:
         self.count += 1
@@ -67,6 +68,26 @@ class Sheet:
     expected: list[ReferenceDispatched]
 
 
+@functools.lru_cache(maxsize=64)  # the same for each way to reduce
+def _sheet(case: Case, world_size: int, layout: str, round: int, payload_round: int) -> Sheet:
+    ranks = range(world_size)
+    xs = [provenance_rows(r, case.num_tokens(r, round), case.hidden, case.dtype, payload_round) for r in ranks]
+    routings = [case.routing(r, round, world_size) for r in ranks]
+    topk_idxs = [idx for idx, _ in routings]
+    topk_weights = [w for _, w in routings if w is not None] or None
+    scales = [s for s in (case.scales(r, round) for r in ranks) if s is not None] or None
+    expected = reference.dispatch(
+        xs,
+        topk_idxs,
+        topk_weights,
+        placement=case.placement(world_size),
+        layout=layout,
+        align=case.align if layout == "expert" else 1,
+        scales=scales,
+    )
+    return Sheet(xs, scales, topk_idxs, topk_weights, expected)
+
+
 @dataclass(frozen=True, slots=True)
 class Sent:
     """A dispatch that has been checked, to be combined now or later."""
@@ -91,30 +112,15 @@ class Trial:
         self.num_compared = 0
 
     def sheet(self, round: int, payload_round: int | None = None) -> Sheet:
-        """Inputs and expected outputs of a round; a replay has the routing of one round and the payload of another."""
-        case, ranks = self.case, range(self.world_size)
+        """Inputs and expected outputs of a round, with its own payload or with that of another one."""
         made_in = round if payload_round is None else payload_round
-        xs = [provenance_rows(r, case.num_tokens(r, round), case.hidden, case.dtype, made_in) for r in ranks]
-        scales = [case.scales(r, round) for r in ranks]
-        routings = [case.routing(r, round, self.world_size) for r in ranks]
-        weights = [w for _, w in routings if w is not None] or None
-        given_scales = [s for s in scales if s is not None] or None
-        expected = reference.dispatch(
-            xs,
-            [idx for idx, _ in routings],
-            weights,
-            placement=self.placement,
-            layout=self.layout,
-            align=self.align,
-            scales=given_scales,
-        )
-        return Sheet(xs, given_scales, [idx for idx, _ in routings], weights, expected)
+        return _sheet(self.case, self.world_size, self.layout, round, made_in)
 
     def dispatch(self, round: int) -> Sent:
         sheet = self.sheet(round)
         storage, x = _embed(sheet.xs[self.rank], round)
         before = storage.clone()
-        idx, weights = sheet.topk_idxs[self.rank], None if sheet.topk_weights is None else sheet.topk_weights[self.rank]
+        idx, weights = self._routing(sheet)
         if round % 3 == 1:  # routers may give transposed tensors
             idx, weights = _transposed(idx), None if weights is None else _transposed(weights)
         self._be_late(round)
@@ -123,14 +129,16 @@ class Trial:
             out = self.buffer.dispatch_async(*args, layout=self.layout, align=self.align).wait()
         else:
             out = self.buffer.dispatch(*args, layout=self.layout, align=self.align)
-        self.checks.bitwise(storage, before, f"round {round}: memory around and under the dispatched rows")
         self._compare(out, sheet, f"round {round}: dispatch")
+        # Only now: what was received may have been written to, and must not be what was sent.
+        self.checks.bitwise(storage, before, f"round {round}: memory around and under the dispatched rows")
         return Sent(round, out, sheet)
 
     def replay(self, sent: Sent) -> None:
         sheet = self.sheet(sent.round, payload_round=sent.round + _REPLAY_ROUND)
         self._be_late(sent.round + 1)
-        out = self.buffer.dispatch(self._payload(sheet.xs[self.rank], sheet), handle=sent.out.handle)
+        x = sheet.xs[self.rank].clone()
+        out = self.buffer.dispatch(self._payload(x, sheet), handle=sent.out.handle)
         self._compare(out, sheet, f"round {sent.round}: replay")
 
     def combine(self, sent: Sent, variant: int) -> None:
@@ -163,21 +171,19 @@ class Trial:
         self.checks.bitwise(y, should, what, origin=lambda row: f"token {row}")
         self.kept.append((what, y, should))
 
-    def backward(self, round: int) -> None:
+    def backward(self, sent: Sent) -> None:
         """Compare the gradients of x, topk_weights, bias and of the expert rows."""
         if not self.has_gradients:
             return
-        sheet, what = self.sheet(round), f"round {round}: gradient"
+        sheet, round, what = sent.sheet, sent.round, f"round {sent.round}: gradient"
         num_tokens = len(sheet.xs[self.rank])
         x = self._values("x", self.rank, round, num_tokens)
-        weights = None if sheet.topk_weights is None else sheet.topk_weights[self.rank]
+        idx, weights = self._routing(sheet)
         dys = [self._values("dy", r, round, len(sheet.xs[r])) for r in range(self.world_size)]
         bias = self._values("bias", self.rank, round, num_tokens)
         leaf_x, leaf_bias, leaf_weights = _leaf(self._on(x)), _leaf(self._on(bias)), _leaf(self._on(weights))
 
-        out = self.buffer.dispatch(
-            leaf_x, self._on(sheet.topk_idxs[self.rank]), leaf_weights, layout=self.layout, align=self.align
-        )
+        out = self.buffer.dispatch(leaf_x, self._on(idx), leaf_weights, layout=self.layout, align=self.align)
         rows = self._experts(out)
         y = self.buffer.combine(rows, out.handle, bias=leaf_bias)
         wanted = [t for t in (leaf_x, leaf_bias, rows, leaf_weights) if t is not None]
@@ -185,12 +191,11 @@ class Trial:
 
         self.checks.bitwise(d_bias, dys[self.rank], f"{what} of bias")
         self.checks.bitwise(d_rows, self._gradient_of_rows(dys, sheet), f"{what} of the expert rows")
-        inputs = (x, sheet.topk_idxs[self.rank], weights, bias, dys[self.rank])
-        exact = _gradients_in_one_process(*inputs, torch.float64)
-        baseline = _gradients_in_one_process(*inputs, self.case.dtype)
         names = ("x", "topk_weights") if weights is not None else ("x",)
-        for name, actual, plain, double in zip(names, (d_x, *d_weights), baseline, exact, strict=True):
-            self.checks.bounded(actual, plain, double, f"{what} of {name}")
+        alone = functools.partial(_gradients_in_one_process, self.case, self.world_size, self.rank, round)
+        exact, magnitude, plain = alone(torch.float64), alone(torch.float64, True), alone(self.case.dtype)
+        for i, (name, actual) in enumerate(zip(names, (d_x, *d_weights), strict=True)):
+            self.checks.bounded(actual, plain[i], exact[i], magnitude[i], f"{what} of {name}")
         self._backward_of_dispatch(round, sheet)
 
     def _backward_of_dispatch(self, round: int, sheet: Sheet) -> None:
@@ -198,7 +203,8 @@ class Trial:
         grads = [self._values("grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
         mine = _poisoned(grads[self.rank], sheet.expected[self.rank].source_rank == -1)
         leaf = _leaf(self._on(sheet.xs[self.rank]))
-        out = self.buffer.dispatch(leaf, self._on(sheet.topk_idxs[self.rank]), layout=self.layout, align=self.align)
+        idx, _ = self._routing(sheet)
+        out = self.buffer.dispatch(leaf, self._on(idx), layout=self.layout, align=self.align)
         (d_x,) = torch.autograd.grad(out.x, leaf, self._on(mine))
         should = reference.combine(grads, sheet.expected, reduce=self.reduce, weighted=False)[self.rank]
         self.checks.bitwise(d_x, should, f"round {round}: gradient of dispatch alone", lambda row: f"token {row}")
@@ -270,8 +276,13 @@ class Trial:
         for what, actual, expected in self.kept:
             self.checks.bitwise(actual, expected, f"{what}, looked at again after the last round")
 
+    def _routing(self, sheet: Sheet) -> tuple[Tensor, Tensor | None]:
+        """Copies, so that whatever is done to them does not reach the oracle's."""
+        weights = None if sheet.topk_weights is None else sheet.topk_weights[self.rank].clone()
+        return sheet.topk_idxs[self.rank].clone(), weights
+
     def _payload(self, x: Tensor, sheet: Sheet) -> Any:
-        return self._on(x) if sheet.scales is None else (self._on(x), self._on(sheet.scales[self.rank]))
+        return self._on(x) if sheet.scales is None else (self._on(x), self._on(sheet.scales[self.rank].clone()))
 
     def _values(self, purpose: str, rank: int, round: int, num_rows: int) -> Tensor:
         return self.case.values(purpose, rank, round, num_rows)
@@ -290,17 +301,25 @@ def _expert(rows: Tensor, expert: int) -> Tensor:
     return rows * (1 + expert / 8) + rows.abs() / 2
 
 
+@functools.lru_cache(maxsize=32)  # the same for each layout and each way to reduce
 def _gradients_in_one_process(
-    x: Tensor, idx: Tensor, weights: Tensor | None, bias: Tensor, dy: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    """Gradients of x and, where there are weights, of these; other ranks' tokens have no part in them."""
-    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    leaves = [_leaf(x.to(dtype))] + ([] if weights is None else [_leaf(weights.to(weights_dtype))])
-    biases = [_leaf(bias.to(dtype))]  # connects y to the graph also where no token has an expert
-    y = reference.moe(leaves[:1], [idx], leaves[1:] or None, _expert, biases=biases)[0]
+    case: Case, world_size: int, rank: int, round: int, dtype: torch.dtype, magnitudes: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients of x and, where there are weights, of these; other ranks' tokens have no part in them.
+
+    With `magnitudes` nothing cancels: every input is positive, and so are the experts' derivatives.
+    """
+    num_tokens = case.num_tokens(rank, round)
+    x, bias, dy = (case.values(name, rank, round, num_tokens).to(dtype) for name in ("x", "bias", "dy"))
+    idx, weights = case.routing(rank, round, world_size)
+    if magnitudes:
+        x, bias, dy, weights = x.abs(), bias.abs(), dy.abs(), None if weights is None else weights.abs()
+    leaves = [_leaf(x)] + ([] if weights is None else [_leaf(weights.to(torch.promote_types(dtype, weights.dtype)))])
+    # The bias connects y to the graph also where no token has an expert.
+    y = reference.moe(leaves[:1], [idx], leaves[1:] or None, _expert, biases=[_leaf(bias)])[0]
     if not y.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return list(torch.autograd.grad(y, leaves, dy.to(dtype), allow_unused=True, materialize_grads=True))
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(y, leaves, dy, allow_unused=True, materialize_grads=True)
 
 
 def _leaf(tensor: Any) -> Any:

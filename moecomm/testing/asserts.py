@@ -75,13 +75,21 @@ def assert_bitwise(actual: Tensor, expected: Tensor, what: str, origin: Callable
     raise AssertionError(message)
 
 
-def assert_error_bounded(actual: Tensor, baseline: Tensor, exact: Tensor, what: str, *, factor: float = 2.0) -> None:
+def assert_error_bounded(
+    actual: Tensor,
+    baseline: Tensor,
+    exact: Tensor,
+    what: str,
+    *,
+    factor: float = 2.0,
+    magnitude: Tensor | None = None,
+) -> None:
     """Demand that `actual` is about as exact as a plain computation in the same dtype.
 
     Both the largest and the mean absolute error against `exact` must be at most `factor` times those of `baseline`. A
-    baseline can be exact by luck, so each of its errors counts as at least what one correct rounding costs: half the
-    spacing of `actual`'s dtype, relative to the largest (for the mean: the mean) magnitude in `exact`. Where `exact` is
-    not finite, `actual` must be the same.
+    baseline can be exact by luck, so each of its errors counts as at least what a single rounding costs: half the
+    spacing of `actual`'s dtype, times the largest (for the mean: the mean) `magnitude`. Where `exact` is not finite,
+    `actual` must be the same.
 
     Args:
         actual: floating, what the library gave.
@@ -89,6 +97,8 @@ def assert_error_bounded(actual: Tensor, baseline: Tensor, exact: Tensor, what: 
         exact: float64, the same sum in double precision.
         what: the thing compared, first words of the message.
         factor: how many times the baseline's error is allowed.
+        magnitude: float64, for each element the sum of the magnitudes of its terms; None: that of `exact`, which is
+            less where terms cancel.
 
     Raises:
         AssertionError: a shape differs or an error is too large; the message has the error, its bound and the worst
@@ -115,14 +125,14 @@ def assert_error_bounded(actual: Tensor, baseline: Tensor, exact: Tensor, what: 
         raise AssertionError(f"{what}: at {wrong.index}: expected {wrong.expected}, got {wrong.got}")
     if not bool(finite.any()):
         return
-    exact_finite = exact[finite]
+    rounded = (exact if magnitude is None else magnitude.detach().cpu()).abs()[finite]
     errors = (actual.double() - exact).abs()[finite].nan_to_num(nan=float("inf"))
     baseline_errors = (baseline.double() - exact).abs()[finite]
     if not bool(baseline_errors.isfinite().all()):
         raise AssertionError(f"{what}: the baseline is not finite where the exact result is, so it bounds nothing")
     half_spacing = torch.finfo(actual.dtype).eps / 2
     for name, reduce in (("max", Tensor.max), ("mean", Tensor.mean)):
-        error, floor = float(reduce(errors)), half_spacing * float(reduce(exact_finite.abs()))
+        error, floor = float(reduce(errors)), half_spacing * float(reduce(rounded))
         bound = factor * max(float(reduce(baseline_errors)), floor)
         if not error <= bound:
             worst = tuple(finite.nonzero()[int(errors.argmax())].tolist())

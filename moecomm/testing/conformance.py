@@ -144,6 +144,6 @@ def _run(case: Case, buffer: moecomm.Buffer, layout: str, reduce: str, rounds: i
         if earlier is not None:
             trial.combine(earlier, variant=round + 1)
         trial.combine(now, variant=round)
-        trial.backward(round)
+        trial.backward(now)
         earlier = now
     trial.check_kept()

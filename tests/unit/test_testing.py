@@ -405,6 +405,17 @@ def test_error_bound() -> None:
         assert_error_bounded(baseline, baseline / 0, exact, "void")
 
 
+def test_error_bound_where_terms_cancel() -> None:
+    exact = torch.tensor([0.25], dtype=torch.float64)  # of (1000 + 0.25) - 1000, say
+    magnitude = torch.tensor([2000.25], dtype=torch.float64)
+    actual = torch.tensor([0.25 + 1e-4])
+    assert_error_bounded(actual, exact.float(), exact, "sum", magnitude=magnitude)
+    with pytest.raises(AssertionError, match=r"sum: max error 0\.0001"):
+        assert_error_bounded(actual, exact.float(), exact, "sum")
+    with pytest.raises(AssertionError, match=r"sum: max error 0\.001"):
+        assert_error_bounded(exact.float() + 1e-3, exact.float(), exact, "sum", magnitude=magnitude)
+
+
 def test_error_bound_and_what_is_not_finite() -> None:
     nan, inf = float("nan"), float("inf")
     exact = torch.tensor([1.0, inf, nan], dtype=torch.float64)
