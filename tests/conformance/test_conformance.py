@@ -10,11 +10,13 @@ The same file runs three ways:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -36,9 +38,10 @@ def run_on_rank(rank: int, transport: str, case: Case, rounds: int) -> list[Conf
 
 
 @pytest.fixture(scope="module")
-def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    with RankPool(request.param, timeout_s=100.0) as ranks:
-        yield ranks
+def pool_of() -> Iterator[Callable[[int], RankPool]]:
+    """Pools by size, started when first asked for and kept: whatever the order of the tests, each starts once."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda world_size: stack.enter_context(RankPool(world_size, timeout_s=100.0)))
 
 
 def demand(results_of_ranks: list[list[ConformanceResult]], world_size: int, num_rows: int = 4) -> None:
@@ -53,16 +56,16 @@ def demand(results_of_ranks: list[list[ConformanceResult]], world_size: int, num
     assert all(result.num_checks > 0 for results in results_of_ranks for result in results)
 
 
-@pytest.mark.parametrize(("pool", "transport"), ARRANGEMENTS, indirect=["pool"])
+@pytest.mark.parametrize(("world_size", "transport"), ARRANGEMENTS)
 @pytest.mark.parametrize("name", CASES)
-def test_named_case(pool: RankPool, transport: str, name: str) -> None:
-    demand(pool.run(run_on_rank, transport, CASES[name], ROUNDS), pool.world_size)
+def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, transport: str, name: str) -> None:
+    demand(pool_of(world_size).run(run_on_rank, transport, CASES[name], ROUNDS), world_size)
 
 
-@pytest.mark.parametrize(("pool", "transport"), [(3, "symmetric"), (3, "collective")], indirect=["pool"])
+@pytest.mark.parametrize("transport", ["symmetric", "collective"])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_case(pool: RankPool, transport: str, seed: int) -> None:
-    demand(pool.run(run_on_rank, transport, random_case(seed), 3), pool.world_size)
+def test_random_case(pool_of: Callable[[int], RankPool], transport: str, seed: int) -> None:
+    demand(pool_of(3).run(run_on_rank, transport, random_case(seed), 3), 3)
 
 
 # -- the same file under the launchers ---------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def test_combine_refuses() -> None:
         combine([r.to(torch.int8) for r in rows], out)
     for options in ({"weighted": True}, {"reduce": "source"}):
         with pytest.raises(UnsupportedError, match="adds one finished row per rank"):
-            combine([torch.zeros(3, 1), torch.zeros(2, 1)], by_rank, **options)  # type: ignore[arg-type]
+            combine([torch.zeros(3, 1), torch.zeros(2, 1)], by_rank, **options)
 
 
 # -- moe ---------------------------------------------------------------------------------------------------------
