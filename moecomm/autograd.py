@@ -66,18 +66,20 @@ def dispatch(
     layout: str,
     align: int,
     started: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:
     """Send rows to their experts.
 
     Gives rows, scales (empty without), weights, expert_offsets, tokens_per_expert, then send_order, send_slots,
-    send_pos, pair_tokens, pair_pos, recv_table, expert_counts and pair_counts of the handle.
+    send_pos, pair_tokens, pair_pos, recv_table, recv_keys, expert_counts and pair_counts of the handle.
     """
     core = core_of(buffer_id)
     planned: Planned = _run(
         core, started, lambda: start_dispatch(core, _payloads(x, scales), topk_idx, topk_weights, layout, align)
     )
     arrived, route, plan, counts = planned.arrived, planned.route, planned.plan, planned.route.counts
-    assert arrived.table is not None
+    assert arrived.table is not None and arrived.keys is not None
     weights = arrived.weights
     if weights is None:
         weights = _unit_weights(planned, layout)
@@ -86,7 +88,7 @@ def dispatch(
     small = [torch.from_numpy(a).to(x.device) for a in (counts.expert_offsets, counts.tokens_per_expert)]
     scales_out = x.new_empty(0) if arrived.scales is None else arrived.scales
     sent = [plan.order_S, slots, plan.pos_TK, plan.pair_tokens_Q, plan.pair_pos_TW]
-    return (arrived.rows, scales_out, weights, *small, *sent, arrived.table, *host)  # type: ignore[return-value]
+    return (arrived.rows, scales_out, weights, *small, *sent, arrived.table, arrived.keys, *host)  # type: ignore[return-value]
 
 
 def _unit_weights(planned: Planned, layout: str) -> Tensor:
@@ -125,6 +127,7 @@ def _(
         x.new_empty(num_pairs, dtype=torch.int64),
         x.new_empty(num_tokens, size, **i32),
         x.new_empty(num_received, top_k, **i32),
+        x.new_empty(0 if core_of(buffer_id).merge_nodes is None else num_received, **i32),
         x.new_empty(size, num_experts, **host),
         x.new_empty(size, size, **host),
     )
@@ -138,7 +141,7 @@ def _facts(buffer_id: int) -> tuple[Any, int, int]:
 def _dispatch_setup(ctx: Any, inputs: Any, output: Any) -> None:
     _, _, topk_idx, topk_weights, ctx.buffer_id, ctx.layout, ctx.align, _ = inputs
     weights = topk_idx.new_empty(0, dtype=torch.float32) if topk_weights is None else topk_weights
-    ctx.save_for_backward(topk_idx, weights, *output[5:11], output[2], *output[11:])
+    ctx.save_for_backward(topk_idx, weights, *output[5:12], output[2], *output[12:])
 
 
 def _dispatch_backward(ctx: Any, *grads: Any) -> Any:
@@ -331,7 +334,7 @@ def dispatched(
     rows, scales_out, weights, offsets, per_expert, *led = torch.ops.moecomm.dispatch(*args)
     # Copies: the caller may write his next routing into the same memory.
     kept = torch.ones(topk_idx.shape, device=topk_idx.device) if topk_weights is None else topk_weights.detach().clone()
-    handle = _handle([topk_idx.clone(), kept, *led[:6], weights, *led[6:]], layout, align, buffer_id)
+    handle = _handle([topk_idx.clone(), kept, *led[:7], weights, *led[7:]], layout, align, buffer_id)
     return _arrange(rows, None if scales is None else scales_out, offsets, per_expert, handle)
 
 

@@ -13,7 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from moecomm.errors import MoECommError, PeerLostError, StaleHandleError
 from moecomm.handle import DispatchHandle
-from moecomm.plan import Counts, PlacementTables, SendPlan, pair_table, plan_send, send_slots
+from moecomm.plan import Counts, PlacementTables, SendPlan, merge_keys, node_places, pair_table, plan_send, send_slots
 from moecomm.rows import empty_rows, reduce_rows
-from moecomm.transport.base import Exchange, Lane, Transport, as_bytes
+from moecomm.transport.base import Exchange, Lane, Merge, Transport, as_bytes
 
 
 @dataclass(eq=False)
@@ -46,6 +46,11 @@ class Core:
     def rank(self) -> int:
         """This rank in its group."""
         return self.transport.group.rank
+
+    @property
+    def merge_nodes(self) -> np.ndarray | None:
+        """(W,) node of each rank if sums are made per node on their way home, else None."""
+        return self.transport.node_of_rank if self.reduce == "rank" else None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -134,7 +139,7 @@ def rows_parcel(lane: Lane, rows: Tensor, index: Tensor | None = None) -> Parcel
 
     def fill(exchange: Exchange, number: int, dst: int, section: slice) -> None:
         if index is None:
-            exchange.target(number, dst).copy_(source[section])
+            exchange.area(number, dst, section).copy_(source[section])
         else:
             exchange.put(number, dst, source, index[section])
 
@@ -145,25 +150,18 @@ def sums_parcel(lane: Lane, rows: Tensor, table_PK: Tensor, weights_N: Tensor | 
     """Rows summed by a table on their way: each destination gets its section of the table."""
 
     def fill(exchange: Exchange, number: int, dst: int, section: slice) -> None:
-        reduce_rows(exchange.target(number, dst).view(rows.dtype), rows, table_PK[section], weights_N)
+        reduce_rows(exchange.area(number, dst, section).view(rows.dtype), rows, table_PK[section], weights_N)
 
     return Parcel(lane, fill)
 
 
 def send(core: Core, tag: str, parcels: Sequence[Parcel], *, agreed: bool = False) -> Exchange:
-    """Open an exchange, fill every lane for every destination, commit.
-
-    Each rank begins with the one behind it, so that not everybody writes to the same one at once.
-    """
+    """Open an exchange, fill every lane for every destination, commit."""
     with core.phase("send"):
         exchange = core.transport.open(tag, [parcel.lane for parcel in parcels], agreed=agreed)
         for number, parcel in enumerate(parcels):
-            ends = np.cumsum(parcel.lane.send_counts).tolist()
-            for step in range(1, len(ends) + 1):
-                dst = (core.rank + step) % len(ends)
-                section = slice(ends[dst] - int(parcel.lane.send_counts[dst]), ends[dst])
-                if section.start < section.stop:
-                    parcel.fill(exchange, number, dst, section)
+            for dst, section in exchange.sections(parcel.lane, core.rank):
+                parcel.fill(exchange, number, dst, section)
         count_traffic(core, [parcel.lane for parcel in parcels])
         exchange.commit()
     return exchange
@@ -226,12 +224,17 @@ def count_traffic(core: Core, lanes: Sequence[Lane]) -> None:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Arrived:
-    """What a dispatch brought. weights: (N,) or (N, K) float32, None if none were sent; table: (P, K) int32."""
+    """What a dispatch brought.
+
+    weights: (N,) or (N, K) float32, None if none were sent. table: (P, K) int32, None in a replay. keys: (P,) int32 for
+    sums per node, empty where there are none.
+    """
 
     rows: Tensor
     scales: Tensor | None
     weights: Tensor | None
     table: Tensor | None
+    keys: Tensor | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -257,9 +260,11 @@ def start_dispatch(
         counts = Counts.of(gathered, core.tables, core.rank, align)
         slots_S = send_slots(plan, counts) if layout == "expert" else None
         route = Route(counts, plan.order_S, slots_S, plan.pair_tokens_Q, top_k)
-        table_QK = pair_table(plan, _table_values(core, plan, slots_S), -1)
+        table_QJ = pair_table(plan, _table_values(core, plan, slots_S), -1)
+        if core.merge_nodes is not None:  # one column more
+            table_QJ = torch.cat([table_QJ, merge_keys(plan, core.merge_nodes)[:, None]], 1)
     parcels = out_parcels(core, route, payloads, topk_weights_TK, topk_idx_TK)
-    parcels.append(rows_parcel(contiguous_lane(counts.pair_counts, core.rank, 4 * top_k), table_QK))
+    parcels.append(rows_parcel(contiguous_lane(counts.pair_counts, core.rank, row_bytes_of(table_QJ)), table_QJ))
     exchange = send(core, tag, parcels, agreed=True)
     core.counters["dispatches"] += 1
     return lambda: Planned(finish_out(core, exchange, route, payloads, topk_weights_TK is not None), route, plan)
@@ -299,7 +304,8 @@ def out_parcels(
 ) -> list[Parcel]:
     """The payloads, and the weights when there are any, on their way out."""
     tokens = route.pair_tokens_Q if route.slots_S is None else route.order_S // route.top_k
-    parcels = [rows_parcel(out_lane(route, row_bytes_of(payload)), payload, tokens) for payload in payloads]
+    lanes = [replace(out_lane(route, row_bytes_of(payload)), repeats=True) for payload in payloads]
+    parcels = [rows_parcel(lane, payload, tokens) for lane, payload in zip(lanes, payloads, strict=True)]
     if topk_weights_TK is None:
         return parcels
     if route.slots_S is not None:
@@ -318,7 +324,7 @@ def entry_of_pair(core: Core, route: Route, topk_idx_TK: Tensor) -> Tensor:
 
 
 def finish_out(core: Core, exchange: Exchange, route: Route, payloads: Sequence[Tensor], weighted: bool) -> Arrived:
-    """Wait for a dispatch and arrange what arrived: first the payloads, then weights, then the table."""
+    """Wait for a dispatch and arrange what arrived: first the payloads, then weights, then the table with the keys."""
     with core.phase("wait"):
         arrived = exchange.wait()
     with core.phase("arrange"):
@@ -327,7 +333,9 @@ def finish_out(core: Core, exchange: Exchange, route: Route, payloads: Sequence[
         exchange.release()
         scales = like_payload(next(rest), payloads[1]) if len(payloads) > 1 else None
         weights = next(rest).view(torch.float32) if weighted else None
-        table = next(rest, None)
+        table = keys = None
+        if (led := next(rest, None)) is not None:
+            table, keys = (part.clone() for part in led.view(torch.int32).tensor_split([route.top_k], 1))
         if route.slots_S is not None:
             weights = weights.view(-1) if weights is not None else None
             padding = route.counts.padding_rows()
@@ -335,7 +343,7 @@ def finish_out(core: Core, exchange: Exchange, route: Route, payloads: Sequence[
                 for part in (rows, scales, weights):
                     if part is not None:
                         as_bytes(part)[_on(part.device, padding)] = 0
-    return Arrived(rows, scales, weights, table.view(torch.int32) if table is not None else None)
+    return Arrived(rows, scales, weights, table, None if keys is None else keys.view(-1))
 
 
 def like_payload(rows: Tensor, payload: Tensor) -> Tensor:
@@ -366,9 +374,14 @@ def start_combine(
     """Lead rows home; `finish` gives the (T, H) sums and the carried values as (T, K)."""
     route = route_of(core, handle)
     rows, parcels = home.rows, []
-    if rows is not None and handle.layout == "expert" and core.reduce == "rank":
+    if rows is not None and core.reduce == "rank":
         lane = contiguous_lane(route.counts.pair_counts.T, core.rank, row_bytes_of(rows))
-        parcels = [sums_parcel(lane, rows, handle.recv_table, handle.row_weights if home.weighted else None)]
+        if core.merge_nodes is not None:
+            _, recv_rows = node_places(handle.pair_pos, core.merge_nodes)
+            lane = replace(lane, merge=Merge(dtype=rows.dtype, keys=handle.recv_keys, recv_rows=recv_rows))
+        weights = handle.row_weights if home.weighted else None
+        by_entry = handle.layout == "expert"
+        parcels = [sums_parcel(lane, rows, handle.recv_table, weights) if by_entry else rows_parcel(lane, rows)]
     elif rows is not None:
         parcels = [home_parcel(core, route, rows)]
     if home.carried is not None:
@@ -379,6 +392,15 @@ def start_combine(
     exchange = send(core, tag, parcels)
     core.counters["combines"] += 1
     return lambda: finish_home(core, exchange, route, home, handle)
+
+
+def home_table(core: Core, handle: DispatchHandle) -> Tensor:
+    """(T, W) or (T, V) int32 where the sums of a token's ranks, or nodes, come home; -1 for none."""
+    if core.merge_nodes is None:
+        return handle.pair_pos
+    places_TV, counts_V = node_places(handle.pair_pos, core.merge_nodes)
+    starts_V = torch.from_numpy(np.cumsum(counts_V) - counts_V).to(places_TV)
+    return torch.where(places_TV < 0, places_TV, places_TV + starts_V)
 
 
 def finish_home(
@@ -392,7 +414,7 @@ def finish_home(
         if home.rows is not None:
             summed = empty_rows(handle.num_tokens, home.rows.shape[1], home.rows.dtype, home.rows.device)
             by_entry = handle.layout == "expert" and core.reduce == "source"
-            table = handle.send_pos if by_entry else handle.pair_pos
+            table = handle.send_pos if by_entry else home_table(core, handle)
             weights = handle.topk_weights if by_entry and home.weighted else None
             reduce_rows(summed, arrived[0].view(home.rows.dtype), table, weights, home.bias)
         if home.carried is not None:

@@ -213,3 +213,34 @@ def pair_table(plan: SendPlan, value_TK: Tensor, missing: float) -> Tensor:
     """
     here = plan.rank_TK[plan.pair_tokens_Q] == plan.pair_ranks_Q[:, None]
     return value_TK[plan.pair_tokens_Q].masked_fill_(~here, missing)
+
+
+def node_places(pair_pos_TW: Tensor, node_of_rank: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Number the (token, node) that have a pair: per node in ascending token order.
+
+    V: nodes. Gives (T, V) int32 place of the token among those with a pair on that node, -1 for none; and (V,) int64
+    how many there are.
+
+    >>> places_TV, counts_V = node_places(torch.tensor([[0, -1, 3], [1, 2, -1]]), np.array([0, 0, 1]))
+    >>> places_TV.tolist(), counts_V.tolist()
+    ([[0, 0], [1, -1]], [2, 1])
+    """
+    num_tokens, num_nodes = pair_pos_TW.shape[0], int(node_of_rank.max()) + 1
+    node_W = torch.from_numpy(node_of_rank).to(pair_pos_TW.device)
+    hits_TV = torch.zeros(num_tokens, num_nodes, dtype=torch.int32, device=pair_pos_TW.device)
+    has_TV = hits_TV.index_add_(1, node_W, (pair_pos_TW >= 0).int()) > 0
+    places_TV = (has_TV.cumsum(0, dtype=torch.int32) - 1).masked_fill_(~has_TV, -1)
+    return places_TV, has_TV.sum(0).cpu().numpy()
+
+
+def merge_keys(plan: SendPlan, node_of_rank: np.ndarray) -> Tensor:
+    """(Q,) int32 place of each pair's token among those that this rank sends to the pair's node.
+
+    >>> tables = PlacementTables(ExpertPlacement.uniform(4, 2), torch.device("cpu"))
+    >>> plan = plan_send(torch.tensor([[3, 0], [0, 1]]), tables)
+    >>> plan.pair_ranks_Q.tolist(), merge_keys(plan, np.array([0, 0])).tolist()
+    ([0, 0, 1], [0, 1, 0])
+    """
+    places_TV, _ = node_places(plan.pair_pos_TW, node_of_rank)
+    node_W = torch.from_numpy(node_of_rank).to(places_TV.device)
+    return places_TV[plan.pair_tokens_Q, node_W[plan.pair_ranks_Q]]

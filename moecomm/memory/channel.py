@@ -49,11 +49,14 @@ class Message:
 
 @final
 class Channel:
-    """Sockets to all peers of the group. `descriptors` maps each peer to its memory's file descriptor."""
+    """Sockets to the peers among `ranks`, those of this host. `descriptors`: each peer's memory as a file descriptor.
 
-    def __init__(self, group: Group, timeout_s: float, memory_fd: int, ticket: int) -> None:
+    Made by all ranks of the group at the same time, also where `ranks` are only some of them.
+    """
+
+    def __init__(self, group: Group, ranks: Sequence[int], timeout_s: float, memory_fd: int, ticket: int) -> None:
         self.group, self.timeout_s = group, timeout_s
-        self.peers = [rank for rank in range(group.size) if rank != group.rank]
+        self.peers = [rank for rank in ranks if rank != group.rank]
         self.descriptors: dict[int, int] = {}
         self.wait_s = dict.fromkeys(self.peers, 0.0)
         self._sockets: dict[int, socket.socket] = {}
@@ -235,8 +238,9 @@ class Channel:
             listener.listen(self.group.size)
             known = self.group.all_gather_object((name, key))
             deadline = time.monotonic() + self.timeout_s
-            for peer in range(self.group.rank):
-                self._sockets[peer] = _dial(known[peer], self.group.rank)
+            for peer in self.peers:
+                if peer < self.group.rank:
+                    self._sockets[peer] = _dial(known[peer], self.group.rank)
             while len(self._sockets) < len(self.peers):
                 self._accept(listener, key, deadline)
         for sock in self._sockets.values():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +33,25 @@ class Support:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Merge:
+    """Sum rows on their way home: those of one token that start on the same node become one row.
+
+    The sum is float32, from +0 over the ranks of the node in ascending order, rounded once.
+
+    dtype: of the elements.
+    keys: (sum of send_counts,) int32 which row of its node's a row becomes, ascending for each destination; the keys
+        that the ranks of a node have for one destination are 0 to n - 1 without a gap.
+    recv_rows: (number of nodes,) rows that this rank gets from each node.
+    """
+
+    dtype: torch.dtype
+    keys: Tensor
+    recv_rows: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Lane:
-    """One payload of an exchange.
+    """One payload of an exchange. Only transports that write into peers' memory look at other ranks' `out_rows`.
 
     row_bytes: bytes of a row.
     out_rows: (W,) rows of every rank's output, rows that nobody writes included.
@@ -45,6 +62,9 @@ class Lane:
     recv_counts: (W,) rows from each rank to this one.
     recv_slots: gives (sum of recv_counts,) the place of every row in order of arrival (source rank, then the order
         of its sends); None: they arrive in output order.
+    repeats: a source row may be wanted in several slots, so it pays to send it to each node once. All such lanes of
+        an exchange are `put` with the same indices.
+    merge: sum rows on their way; the output is then sorted by (node, key). Only for a transport with `node_of_rank`.
     """
 
     row_bytes: int
@@ -54,10 +74,28 @@ class Lane:
     send_slots: Tensor | None = None
     send_starts: np.ndarray | None = None
     recv_slots: Callable[[], np.ndarray] | None = None
+    repeats: bool = False
+    merge: Merge | None = None
 
 
 class Exchange(ABC):
     """One exchange in flight; buffers are (rows, row_bytes) uint8 tensors."""
+
+    def sections(self, lane: Lane, rank: int) -> Iterator[tuple[int, slice]]:
+        """The order in which to write a lane: (destination, which of the rows sent), each row once.
+
+        Each rank begins with the one behind it, so that not everybody writes to the same one at once.
+        """
+        ends = np.cumsum(lane.send_counts).tolist()
+        for step in range(1, len(ends) + 1):
+            dst = (rank + step) % len(ends)
+            start = ends[dst] - int(lane.send_counts[dst])
+            if start < ends[dst]:
+                yield dst, slice(start, ends[dst])
+
+    def area(self, lane: int, dst: int, section: slice) -> Tensor:
+        """Where to write one of the `sections` of a contiguous lane."""
+        return self.target(lane, dst)
 
     @abstractmethod
     def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
@@ -89,6 +127,7 @@ class Transport(ABC):
 
     name: str
     group: Group
+    node_of_rank: np.ndarray | None = None  # (W,) of a transport that merges rows per node
 
     @abstractmethod
     def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:

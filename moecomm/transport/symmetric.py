@@ -29,7 +29,11 @@ LANE_ALIGN_BYTES = 64
 
 @final
 class SymmetricTransport(Transport):
-    """Host memory shared by all ranks of the group, signals over Unix-domain sockets."""
+    """Host memory shared by the ranks of one node, signals over Unix-domain sockets.
+
+    Where the group spans several nodes each of them has its own, and rows move between the ranks of a node only; ranks
+    keep their numbers.
+    """
 
     name = "symmetric"
 
@@ -41,7 +45,8 @@ class SymmetricTransport(Transport):
             memory = HostMemory(fd, nbytes)
             self.pool = SegmentPool(memory, options.num_segments)
             self.ticket = self.pool.take()
-            self.channel = Channel(group, options.timeout_s, fd, self.ticket)
+            mates = topology.ranks_of_node(topology.node_of(group.rank))
+            self.channel = Channel(group, mates, options.timeout_s, fd, self.ticket)
         finally:
             os.close(fd)
         self._memory_of = {group.rank: memory.tensor}
@@ -64,7 +69,7 @@ class SymmetricTransport(Transport):
 
     def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
         self.channel.post(Kind.ARRIVE, self.seq, tag=tag, payload=counts.tobytes())
-        gathered = np.empty((self.group.size, len(counts)), np.int32)
+        gathered = np.zeros((self.group.size, len(counts)), np.int32)
         gathered[self.group.rank] = counts
         for peer, message in self.channel.collect(Kind.ARRIVE, self.seq, tag).items():
             gathered[peer] = np.frombuffer(message.payload, np.int32)
