@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import secrets
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
-from moecomm import _env, autograd
-from moecomm.checks import MAX_ALIGN, BufferConfig, Checker
-from moecomm.errors import ConfigError
+from moecomm import autograd
+from moecomm.checks import MAX_ALIGN, BufferConfig, Checker, agree, configure
+from moecomm.errors import MoECommError
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, Pending
 from moecomm.operations import Core, Homecoming, start_combine, start_dispatch, start_replay
@@ -24,8 +26,12 @@ from moecomm.topology import Topology
 from moecomm.transport import select
 from moecomm.transport.base import Support, TransportOptions
 
-_ids = itertools.count()
+T = TypeVar("T")
+
+# Buffers, and operations under way. It starts anywhere: a handle of another process is nobody's here.
+_ids = itertools.count(secrets.randbits(40) << 20)
 _PAGE_BYTES = 4096
+_DEFAULT_TIMEOUT_S = 60.0  # to tell the others of arguments that have none
 
 
 @final
@@ -37,6 +43,9 @@ class MemoryPlan:
     num_segments: how many of them; arrived rows may be kept in all but two.
     total_bytes: what is reserved, exactly.
     uniform_bytes: what one dispatch commits when the routing is uniform.
+
+    >>> MemoryPlan(segment_bytes=4096, num_segments=2, total_bytes=8192, uniform_bytes=128).total_bytes
+    8192
     """
 
     segment_bytes: int
@@ -95,21 +104,23 @@ class Buffer:
         device: torch.device | str | None = None,
     ) -> None:
         self._group = Group.resolve(group)
-        self.config = BufferConfig(
+        self._id = next(_ids)
+        given = configure(
+            self._group.rank,
+            self._group.size,
             num_experts=num_experts,
             hidden=hidden,
             top_k=top_k,
             max_tokens_per_rank=max_tokens_per_rank,
             dtype=dtype,
-            transport=_env.transport() if transport == "auto" else transport,
-            placement=_placement(placement, num_experts, self._group.size),
+            transport=transport,
+            placement=placement,
             reduce=reduce,
-            timeout_s=_env.timeout_s() if timeout_s is None else timeout_s,
+            timeout_s=timeout_s,
             num_segments=num_segments,
-            device=_device(device),
+            device=device,
         )
-        self._id = next(_ids)
-        buffer_ids = self._agree()
+        self.config, buffer_ids = self._agree(given)
         topology = Topology.detect(self._group, timeout_s=self.config.timeout_s)
         chosen, self._answers = select(self.config.transport, self._group, topology, self.config.device)
         memory = _memory_plan(self.config, self._group.size)
@@ -129,18 +140,13 @@ class Buffer:
         self._check = Checker(self.config, self._group.rank, self._id)
         autograd.CORES[self._id] = self._core
 
-    def _agree(self) -> list[int]:
-        """Compare the arguments of all ranks; the buffer ids of all ranks."""
-        told = self._group.all_gather_object(
-            (self._id, self.config), timeout_s=self.config.timeout_s, operation="Buffer()"
-        )
-        if differences := self.config.differences([config for _, config in told]):
-            raise ConfigError(
-                f"the ranks built different buffers: {differences}",
-                remedy="pass the same arguments on every rank",
-                rank=self._group.rank,
-            )
-        return [buffer_id for buffer_id, _ in told]
+    def _agree(self, given: BufferConfig | MoECommError) -> tuple[BufferConfig, list[int]]:
+        """Compare the arguments of all ranks; they, and the buffer ids of all ranks."""
+        timeout_s = given.timeout_s if isinstance(given, BufferConfig) else _DEFAULT_TIMEOUT_S
+        told = self._group.all_gather_object((self._id, given), timeout_s=timeout_s, operation="Buffer()")
+        agree(given, [other for _, other in told], self._group.rank)
+        assert isinstance(given, BufferConfig)
+        return given, [buffer_id for buffer_id, _ in told]
 
     # -- operations ----------------------------------------------------------------------------------------------
 
@@ -251,20 +257,25 @@ class Buffer:
         core.check_usable()
         payloads = self._check.dispatch(x, topk_idx, topk_weights, layout, align, quant, handle)
         rows, scales = payloads[0], payloads[1] if len(payloads) > 1 else None
+        if topk_weights is not None:
+            topk_weights = topk_weights.contiguous()
         if handle is None:
+            topk_idx = topk_idx.contiguous()
             started = -1 if wait else self._start(start_dispatch, payloads, topk_idx, topk_weights, layout, align)
-            return Pending(
-                lambda: autograd.dispatched(rows, scales, topk_idx, topk_weights, self._id, layout, align, started)
+            return self._pending(
+                started,
+                lambda: autograd.dispatched(rows, scales, topk_idx, topk_weights, self._id, layout, align, started),
             )
         started = -1 if wait else self._start(start_replay, payloads, topk_weights, handle)
-        return Pending(lambda: autograd.replayed(rows, scales, topk_weights, handle, started))
+        return self._pending(started, lambda: autograd.replayed(rows, scales, topk_weights, handle, started))
 
     def _combine(self, rows: Any, handle: Any, weighted: bool | None, bias: Any, *, wait: bool) -> Pending[Tensor]:
         self._core.check_usable()
         use_weights = self._check.combine(rows, handle, weighted, bias)
+        rows, bias = rows.contiguous(), None if bias is None else bias.contiguous()
         home = Homecoming(rows=rows, weighted=use_weights, bias=bias)
         started = -1 if wait else self._start(start_combine, home, handle)
-        return Pending(lambda: autograd.combined(rows, use_weights, bias, handle, started))
+        return self._pending(started, lambda: autograd.combined(rows, use_weights, bias, handle, started))
 
     def _start(self, start: Any, *args: Any) -> int:
         """Start an operation now; the number under which its autograd operator will find it."""
@@ -272,6 +283,12 @@ class Buffer:
         with torch.no_grad(), self._core.guarded():
             self._core.started[number] = start(self._core, *args)
         return number
+
+    def _pending(self, started: int, finish: Callable[[], T]) -> Pending[T]:
+        """The result of an operation; if nobody waits for it, what it holds is given back when it is dropped."""
+        if started >= 0:
+            weakref.finalize(finish, self._core.started.pop, started, None).atexit = False
+        return Pending(finish)
 
     # -- what it is and does -------------------------------------------------------------------------------------
 
@@ -306,18 +323,19 @@ class Buffer:
         >>> plan.total_bytes == plan.num_segments * plan.segment_bytes
         True
         """
-        config = BufferConfig(
+        config = BufferConfig.of(
+            num_ranks,
             num_experts=num_experts,
             hidden=hidden,
             top_k=top_k,
             max_tokens_per_rank=max_tokens_per_rank,
             dtype=dtype,
             transport="symmetric",
-            placement=_placement(placement, num_experts, num_ranks),
+            placement=placement,
             reduce=reduce,
             timeout_s=1.0,
             num_segments=num_segments,
-            device=torch.device("cpu"),
+            device="cpu",
         )
         return _memory_plan(config, num_ranks)
 
@@ -358,22 +376,6 @@ class Buffer:
     def __del__(self) -> None:
         if hasattr(self, "_core"):
             self.close()
-
-
-def _placement(placement: Any, num_experts: int, num_ranks: int) -> ExpertPlacement:
-    if placement is None:
-        return ExpertPlacement.uniform(num_experts, num_ranks)
-    if not isinstance(placement, ExpertPlacement):
-        placement = ExpertPlacement.explicit(placement)
-    if placement.num_ranks != num_ranks:
-        raise ConfigError("placement is for another number of ranks", got=placement.num_ranks, expected=num_ranks)
-    return placement
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def _memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moecomm import _env
 from moecomm.errors import CapacityError, ConfigError, MoECommError, RoutingError, StaleHandleError, UnsupportedError
 from moecomm.handle import DispatchHandle
 from moecomm.placement import ExpertPlacement
@@ -18,6 +20,17 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 LAYOUTS = ("expert", "rank")
 REDUCES = ("rank", "source")
 MAX_ALIGN = 256
+
+# What each tensor argument holds: the remedy when something else comes.
+_MEANT = {
+    "x": "pass one row of `hidden` elements per token",
+    "x[0]": "pass one row of `hidden` elements per token",
+    "x[1]": "pass the scales of each token in one row",
+    "topk_idx": "pass `top_k` global expert ids for each row of x, -1 for none",
+    "topk_weights": "pass one weight for each choice of each token",
+    "rows": "pass one row for each row that dispatch gave, in the same order",
+    "bias": "pass one row for each token that this rank dispatched",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,17 +54,36 @@ class BufferConfig:
             value = getattr(self, name)
             least = 2 if name == "num_segments" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} is no count", got=repr(value), expected=f"an integer of at least {least}")
+                raise self._refusal(f"{name} is no count", repr(value), f"an integer of at least {least}")
         if not isinstance(self.dtype, torch.dtype):
-            raise ConfigError("dtype is no torch dtype", got=repr(self.dtype), expected="for example torch.bfloat16")
+            raise self._refusal("dtype is no torch dtype", repr(self.dtype), "one such as torch.bfloat16")
+        if not isinstance(self.transport, str):
+            raise self._refusal("transport is no name", repr(self.transport), '"auto" or the name of a transport')
         if self.reduce not in REDUCES:
-            raise ConfigError("reduce is unknown", got=repr(self.reduce), expected=f"one of {REDUCES}")
-        if not isinstance(self.timeout_s, (int, float)) or not 0 < self.timeout_s < float("inf"):
-            raise ConfigError("timeout_s is no deadline", got=repr(self.timeout_s), expected="a positive number")
+            raise self._refusal("reduce is unknown", repr(self.reduce), f"one of {REDUCES}")
+        is_number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
+        if not is_number or not 0 < self.timeout_s < float("inf"):
+            raise self._refusal("timeout_s is no deadline", repr(self.timeout_s), "a positive number of seconds")
         if self.placement.num_experts != self.num_experts:
-            raise ConfigError(
-                "placement holds another number of experts", got=self.placement.num_experts, expected=self.num_experts
-            )
+            what = "placement holds another number of experts"
+            raise self._refusal(what, self.placement.num_experts, f"num_experts={self.num_experts}")
+
+    @classmethod
+    def of(
+        cls, num_ranks: int, *, placement: Any, device: Any, transport: Any, timeout_s: Any, **rest: Any
+    ) -> BufferConfig:
+        """Fill in what was left to the defaults, and check everything."""
+        return cls(
+            transport=_env.transport() if transport == "auto" else transport,
+            timeout_s=_env.timeout_s() if timeout_s is None else timeout_s,
+            placement=_placement(placement, rest["num_experts"], num_ranks),
+            device=_device(device),
+            **rest,
+        )
+
+    @staticmethod
+    def _refusal(what: str, got: object, expected: str) -> ConfigError:
+        return ConfigError(what, got=got, expected=expected, remedy="correct this argument")
 
     @property
     def row_bytes(self) -> int:
@@ -59,16 +91,82 @@ class BufferConfig:
         scale_bytes = 4 * -(-self.hidden // 16) if self.dtype.itemsize == 1 else 0
         return self.hidden * self.dtype.itemsize + scale_bytes
 
-    def differences(self, others: list[BufferConfig]) -> str:
-        """Which fields differ between ranks, and who has what; empty if none does."""
+    def differences(self, others: Sequence[BufferConfig]) -> str:
+        """Which fields differ between ranks, and who has what; empty if none does. Of devices the type counts."""
         lines = []
-        for name in (f.name for f in fields(self) if f.name != "device"):
-            ranks_of: dict[str, list[int]] = {}
+        for name in (f.name for f in fields(self)):
+            ranks_of: dict[Any, list[int]] = {}
             for rank, other in enumerate(others):
-                ranks_of.setdefault(str(getattr(other, name)), []).append(rank)
+                value = getattr(other, name)
+                ranks_of.setdefault(value.type if name == "device" else value, []).append(rank)
             if len(ranks_of) > 1:
                 lines.append(f"{name}: " + ", ".join(f"{value} on ranks {ranks}" for value, ranks in ranks_of.items()))
         return "; ".join(lines)
+
+
+def configure(rank: int, num_ranks: int, **arguments: Any) -> BufferConfig | MoECommError:
+    """The configuration that the arguments of Buffer() make, or the error to raise once the other ranks know of it."""
+    try:
+        return BufferConfig.of(num_ranks, **arguments)
+    except MoECommError as error:
+        return type(error)(
+            error.what,
+            got=error.got,
+            expected=error.expected,
+            remedy=error.remedy or "correct this argument",
+            rank=rank,
+            operation="Buffer()",
+        )
+
+
+def agree(given: BufferConfig | MoECommError, of_ranks: Sequence[BufferConfig | MoECommError], rank: int) -> None:
+    """Raise on every rank if one of them was given wrong arguments, or if they differ."""
+    if isinstance(given, MoECommError):
+        raise given
+    refused = {peer: str(other) for peer, other in enumerate(of_ranks) if isinstance(other, MoECommError)}
+    configs = [other for other in of_ranks if isinstance(other, BufferConfig)]
+    if refused:
+        what, expected = "other ranks were given arguments that are refused", "the same right ones on every rank"
+    elif differences := given.differences(configs):
+        what, expected = "the ranks were given different arguments", "the same on every rank"
+    else:
+        return
+    raise ConfigError(
+        what,
+        got="; ".join(refused.values()) or differences,
+        expected=expected,
+        remedy="look at how those ranks were started",
+        rank=rank,
+        operation="Buffer()",
+        peers=list(refused) or [peer for peer, other in enumerate(configs) if given.differences([given, other])],
+    )
+
+
+def _placement(placement: Any, num_experts: Any, num_ranks: int) -> ExpertPlacement:
+    if placement is None:
+        return ExpertPlacement.uniform(num_experts, num_ranks)
+    if not isinstance(placement, ExpertPlacement):
+        try:
+            placement = ExpertPlacement.explicit(placement)
+        except TypeError:
+            what, got = "placement is no list of expert lists", repr(placement)
+            remedy = "list the global expert ids of each rank"
+            raise ConfigError(what, got=got, expected="[[0, 1], [2, 3]]", remedy=remedy) from None
+    if placement.num_ranks != num_ranks:
+        what, got = "placement is for another number of ranks", placement.num_ranks
+        raise ConfigError(what, got=got, expected=num_ranks, remedy="give each rank a list, if only an empty one")
+    return placement
+
+
+def _device(device: Any) -> torch.device:
+    if device is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        what, got = "device is unknown", repr(device)
+        expected, remedy = 'one such as "cpu" or "cuda:0"', str(error).splitlines()[0]
+        raise ConfigError(what, got=got, expected=expected, remedy=remedy) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,51 +193,53 @@ class Checker:
         if handle is None:
             self.routing(topk_idx, len(payloads[0]))
         else:
-            self.handle(handle)
-            if topk_idx is not None:
-                raise self.error(ConfigError, "a handle replays its own routing", got="topk_idx", remedy="leave it out")
-            self.same_tokens("x", len(payloads[0]), handle.num_tokens)
+            self.replay(handle, topk_idx, layout, align, len(payloads[0]))
         if topk_weights is not None:
             self.tensor("topk_weights", topk_weights, (len(payloads[0]), self.config.top_k), (torch.float32,))
         return payloads
 
     def options(self, layout: Any, align: Any, quant: Any) -> None:
         """Check layout, align and quant."""
+        known = f"one of {LAYOUTS}"
         if layout == "padded":
-            raise self.error(UnsupportedError, 'layout "padded" is not there yet', expected=f"one of {LAYOUTS}")
+            what, remedy = 'layout "padded" is not there yet', 'use layout="expert"'
+            raise self.error(UnsupportedError, what, got=repr(layout), expected=known, remedy=remedy)
         if layout not in LAYOUTS:
-            raise self.error(ConfigError, "layout is unknown", got=repr(layout), expected=f"one of {LAYOUTS}")
+            what, remedy = "layout is unknown", "correct layout"
+            raise self.error(ConfigError, what, got=repr(layout), expected=known, remedy=remedy)
         if layout == "rank" and self.config.reduce == "source":
             raise self.error(
                 UnsupportedError,
                 'layout "rank" sums on the expert rank, which reduce="source" rules out',
-                remedy='use layout="expert", or a buffer with reduce="rank"',
+                got=repr(layout),
+                expected='layout "expert"',
+                remedy='use that, or a buffer with reduce="rank"',
             )
         if not isinstance(align, int) or isinstance(align, bool) or align < 1:
-            raise self.error(ConfigError, "align is no count", got=repr(align), expected="an integer of at least 1")
+            what, expected = "align is no count", f"an integer from 1 to {MAX_ALIGN}"
+            raise self.error(ConfigError, what, got=repr(align), expected=expected, remedy="correct align")
         if align > MAX_ALIGN:
-            raise self.error(UnsupportedError, "align is too large", got=align, expected=f"at most {MAX_ALIGN}")
+            what, remedy = "align is too large", "use a smaller one"
+            raise self.error(UnsupportedError, what, got=align, expected=f"at most {MAX_ALIGN}", remedy=remedy)
         if align > 1 and layout == "rank":
-            raise self.error(UnsupportedError, 'layout "rank" has no groups to align', got=f"align={align}")
+            what, remedy = 'layout "rank" has no groups to align', 'leave align out, or use layout="expert"'
+            raise self.error(UnsupportedError, what, got=f"align={align}", expected="align=1", remedy=remedy)
         if quant is not None:
-            raise self.error(
-                UnsupportedError,
-                "quantising inside the send is not there yet",
-                got=f"quant={quant!r}",
-                remedy="pass an already quantised (x, scales) pair",
-            )
+            what, remedy = "quantising inside the send is not there yet", "pass a quantised (rows, scales) pair as x"
+            raise self.error(UnsupportedError, what, got=f"quant={quant!r}", expected="quant=None", remedy=remedy)
 
     def payloads(self, x: Any) -> tuple[Tensor, ...]:
         """Check the rows to dispatch: a (T, H) tensor in the buffer's dtype, or a (rows, scales) pair of any dtype."""
         if isinstance(x, (tuple, list)):
             if len(x) != 2:
-                raise self.error(ConfigError, "x is no (rows, scales) pair", got=f"{len(x)} items", expected="2")
+                what, remedy = "x is no (rows, scales) pair", "pass two tensors, or one"
+                raise self.error(ConfigError, what, got=f"{len(x)} items", expected="2 items", remedy=remedy)
             rows = self.tensor("x[0]", x[0], (None, self.config.hidden), None)
             scales = self.tensor("x[1]", x[1], (len(rows), ...), None)
             if rows.requires_grad or scales.requires_grad:
-                raise self.error(
-                    UnsupportedError, "a (rows, scales) pair has no gradient", remedy="detach it, or dispatch a tensor"
-                )
+                what, got = "a (rows, scales) pair has no gradient", "one that requires grad"
+                remedy = "detach both, or dispatch a single tensor"
+                raise self.error(UnsupportedError, what, got=got, expected="one that does not", remedy=remedy)
             payloads: tuple[Tensor, ...] = (rows, scales)
             self.row_bytes(payloads)
         else:
@@ -150,7 +250,7 @@ class Checker:
                 "too many tokens",
                 got=len(payloads[0]),
                 expected=f"at most max_tokens_per_rank={self.config.max_tokens_per_rank}",
-                remedy="build the buffer with more, or split the batch",
+                remedy="build the buffer for more, or split the batch",
             )
         return payloads
 
@@ -179,7 +279,24 @@ class Checker:
                 f"topk_idx[{token}, {k}] names no expert",
                 got=int(topk_idx[token, k]),
                 expected=f"0 to {self.config.num_experts - 1}, or -1 for none",
+                remedy="look at the router, or build the buffer with more experts",
             )
+
+    def replay(self, handle: Any, topk_idx: Any, layout: Any, align: Any, num_tokens: int) -> None:
+        """Check what replays a handle: a handle of this buffer, the same number of tokens, no other routing."""
+        self.handle(handle)
+        if topk_idx is not None:
+            what, remedy = "a handle replays its own routing", "leave topk_idx or handle out"
+            raise self.error(ConfigError, what, got="topk_idx too", expected="handle alone", remedy=remedy)
+        if num_tokens != handle.num_tokens:
+            what, remedy = "x does not fit the handle", "pass one row for each token that was dispatched"
+            expected = f"{handle.num_tokens} tokens"
+            raise self.error(ConfigError, what, got=f"{num_tokens} tokens", expected=expected, remedy=remedy)
+        for name, given, default in (("layout", layout, "expert"), ("align", align, 1)):
+            replayed = getattr(handle, name)
+            if given not in (default, replayed):
+                what, remedy = f"a handle replays its own {name}", f"leave {name} out"
+                raise self.error(ConfigError, what, got=repr(given), expected=repr(replayed), remedy=remedy)
 
     def combine(self, rows: Any, handle: Any, weighted: Any, bias: Any) -> bool:
         """Check the arguments of a combine; whether rows are to be multiplied by weights."""
@@ -187,8 +304,9 @@ class Checker:
         if self.config.dtype not in FLOAT_DTYPES:
             raise self.error(
                 UnsupportedError,
-                "combine sums rows of float32, float16 or bfloat16 only",
+                "rows of this dtype cannot be summed",
                 got=f"a buffer of {self.config.dtype}",
+                expected="float32, float16 or bfloat16",
                 remedy="build the buffer with the dtype of the expert outputs and dispatch a (rows, scales) pair",
             )
         num_rows = len(handle.row_weights)
@@ -196,11 +314,14 @@ class Checker:
         if bias is not None:
             self.tensor("bias", bias, (handle.num_tokens, self.config.hidden), (self.config.dtype,))
         if weighted is not None and not isinstance(weighted, bool):
-            raise self.error(ConfigError, "weighted is no truth value", got=repr(weighted), expected="True or False")
+            what, expected = "weighted is no truth value", "True, False or None"
+            raise self.error(ConfigError, what, got=repr(weighted), expected=expected, remedy="correct weighted")
         if handle.layout == "rank" and weighted:
             raise self.error(
                 UnsupportedError,
                 'rows of layout "rank" stand for several experts and are summed as they are',
+                got="weighted=True",
+                expected="False or None",
                 remedy="apply out.topk_weights to the expert outputs and leave weighted out",
             )
         return handle.layout == "expert" if weighted is None else weighted
@@ -208,20 +329,16 @@ class Checker:
     def handle(self, handle: Any) -> None:
         """Check that a handle is one of this buffer."""
         if not isinstance(handle, DispatchHandle):
-            raise self.error(
-                ConfigError, "handle is no DispatchHandle", got=type(handle).__name__, remedy="pass out.handle"
-            )
+            what, got, remedy = "handle is no DispatchHandle", type(handle).__name__, "pass the one in `out.handle`"
+            raise self.error(ConfigError, what, got=got, expected="what dispatch gave", remedy=remedy)
         if handle.buffer_id != self.buffer_id:
             raise self.error(
                 StaleHandleError,
                 "the handle belongs to another buffer",
-                remedy="combine and replay on the buffer that dispatched",
+                got=f"a handle of buffer {handle.buffer_id:x}",
+                expected=f"one of buffer {self.buffer_id:x}",
+                remedy="combine and replay on the rank and the buffer that dispatched",
             )
-
-    def same_tokens(self, name: str, got: int, expected: int) -> None:
-        """Check that a replay has as many tokens as its handle."""
-        if got != expected:
-            raise self.error(ConfigError, f"{name} does not fit the handle", got=f"{got} tokens", expected=expected)
 
     def tensor(
         self,
@@ -233,27 +350,27 @@ class Checker:
     ) -> Tensor:
         """Check type, shape (None: any length, a final ...: any rest), dtype and device."""
         if not isinstance(value, Tensor):
-            raise self.error(kind, f"{name} is no tensor", got=type(value).__name__, expected="a torch.Tensor")
+            got, expected = type(value).__name__, "a torch.Tensor"
+            raise self.error(kind, f"{name} is no tensor", got=got, expected=expected, remedy=_MEANT[name])
         wanted = shape[:-1] if shape[-1] is ... else shape
         ranks_agree = value.ndim >= len(wanted) if shape[-1] is ... else value.ndim == len(wanted)
         if not ranks_agree or any(w is not None and w != n for w, n in zip(wanted, value.shape, strict=False)):
-            wanted_text = ", ".join("any" if w is None else "..." if w is ... else str(w) for w in shape)
-            raise self.error(kind, f"{name} has the wrong shape", got=tuple(value.shape), expected=f"({wanted_text})")
+            expected = f"({', '.join('any' if w is None else '...' if w is ... else str(w) for w in shape)})"
+            got = str(tuple(value.shape))
+            raise self.error(kind, f"{name} has the wrong shape", got=got, expected=expected, remedy=_MEANT[name])
         if dtypes is not None and value.dtype not in dtypes:
-            accepted = " or ".join(str(dtype) for dtype in dtypes)
-            raise self.error(
-                kind, f"{name} has the wrong dtype", got=value.dtype, expected=accepted, remedy=f"convert {name}"
-            )
+            what, accepted = f"{name} has the wrong dtype", " or ".join(str(dtype) for dtype in dtypes)
+            raise self.error(kind, what, got=value.dtype, expected=accepted, remedy=f"convert {name}")
         if value.device.type != self.config.device.type or value.layout != torch.strided:
             raise self.error(
                 kind,
                 f"{name} is in the wrong place",
                 got=f"a {value.layout} tensor on {value.device}",
-                expected=f"a strided one on {self.config.device}",
-                remedy=f"move {name}, or build the buffer with device={str(value.device)!r}",
+                expected=f"a {torch.strided} one on {self.config.device}",
+                remedy=f"move or convert {name}, or build the buffer for that device",
             )
         return value
 
-    def error(self, kind: type[MoECommError], what: str, **facts: Any) -> MoECommError:
-        """An error of this rank."""
-        return kind(what, rank=self.rank, **facts)
+    def error(self, kind: type[MoECommError], what: str, *, got: object, expected: object, remedy: str) -> MoECommError:
+        """An error of this rank that says everything a reader needs."""
+        return kind(what, got=got, expected=expected, remedy=remedy, rank=self.rank)

@@ -23,7 +23,9 @@ def select(
 ) -> tuple[type[Transport], dict[str, Support]]:
     """Choose a transport: the named one, or for "auto" the first that works; and what each of them answered."""
     if name != "auto" and name not in TRANSPORTS:
-        raise ConfigError("transport is unknown", got=repr(name), expected=f"auto or one of {tuple(TRANSPORTS)}")
+        expected = f"auto or one of {tuple(TRANSPORTS)}"
+        remedy = "correct this argument, or MOECOMM_TRANSPORT"
+        raise ConfigError("transport is unknown", got=repr(name), expected=expected, remedy=remedy, rank=group.rank)
     answers = {key: cls.supports(group, topology, device) for key, cls in TRANSPORTS.items()}
     chosen = next((key for key, answer in answers.items() if answer.ok), None) if name == "auto" else name
     if chosen is None or not answers[chosen].ok:
@@ -31,5 +33,6 @@ def select(
         reasons = answers if chosen is None else {chosen: answers[chosen]}
         got = "; ".join(f"{key}: {answer.reason}" for key, answer in reasons.items())
         usable = [key for key, answer in answers.items() if answer.ok]
-        raise UnsupportedError(wanted, got=got, expected=f"one of {usable}", rank=group.rank)
+        remedy = 'leave transport at "auto"' if usable else "see what each transport needs"
+        raise UnsupportedError(wanted, got=got, expected=f"one of {usable}", remedy=remedy, rank=group.rank)
     return TRANSPORTS[chosen], answers
