@@ -257,8 +257,9 @@ class MoELayer(nn.Module):
         _check_type("buffer", buffer, Buffer)
         config = buffer.config
         _check_dtype(config.dtype)
-        self.buffer = buffer
-        self.align = _default_align(config.device, config.dtype) if align is None else align
+        align = _default_align(config.device, config.dtype) if align is None else align
+        _check_counts(align=align)
+        self.buffer, self.align = buffer, align
         expert_ids = config.placement.experts_of_rank[buffer.group.rank]
         self.router = TopKRouter(
             config.hidden, config.num_experts, config.top_k, renormalise=renormalise, seed=seed, device=config.device
