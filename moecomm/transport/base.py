@@ -184,4 +184,5 @@ def as_bytes(rows: Tensor) -> Tensor:
     (torch.Size([2, 6]), torch.Size([0, 12]))
     """
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
-    return (flat if flat.stride(1) == 1 else flat.contiguous()).view(torch.uint8)
+    # Not `contiguous()`: of a single column it says that it is, whatever its stride.
+    return (flat if flat.stride(1) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
