@@ -10,11 +10,13 @@ from moecomm.topology import Topology
 from moecomm.transport.base import Support, Transport
 from moecomm.transport.collective import CollectiveTransport
 from moecomm.transport.local import LocalTransport
+from moecomm.transport.mpi import MpiTransport
 from moecomm.transport.symmetric import SymmetricTransport
 
-# In the order in which "auto" asks them.
+# In the order in which "auto" asks them: the fewest copies first. A group is one of MPI or of torch.distributed, so
+# of the last two only one can ever work.
 TRANSPORTS: dict[str, type[Transport]] = {
-    cls.name: cls for cls in (LocalTransport, SymmetricTransport, CollectiveTransport)
+    cls.name: cls for cls in (LocalTransport, SymmetricTransport, MpiTransport, CollectiveTransport)
 }
 
 

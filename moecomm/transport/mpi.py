@@ -1,0 +1,418 @@
+"""Any MPI: rows travel in non-blocking `Alltoallv`, counted in rows; no torch.distributed anywhere.
+
+Every operation begins with small messages between all pairs of ranks (see `mpi_post`): what is being done, and how many
+rows. Rows move once all ranks are known to do the same, in the order of operations; they are packed by destination,
+and unpacked where they do not arrive in order. Rows to this rank itself never pass through MPI.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecomm import errors
+from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
+from moecomm.group import Group
+from moecomm.rows import copy_rows, empty_rows
+from moecomm.topology import Topology
+from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
+from moecomm.transport.mpi_post import PROGRESS, Kind, duplicate, mpi_error, names, pause, post_of
+from moecomm.transport.staging import CopyEngine, Slots, StagedRows, copy_engine, device_awareness
+
+_GRACE_S = 0.5  # once one rank is seen to do something else, the others get this long to say what they do
+_abandoned: list[object] = []  # requests that never completed, and their buffers: MPI may write to them until it ends
+
+
+@final
+class MpiTransport(Transport):
+    """Rows travel as bytes, so that every MPI carries every dtype."""
+
+    name = "mpi"
+
+    def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
+        from mpi4py import MPI
+
+        self.group, self.mpi, self.timeout_s, self.device = group, MPI, options.timeout_s, options.device
+        self.num_launched = 0
+        self._seq = 0
+        self._queue: deque[MpiExchange] = deque()  # committed, and not yet known to be wanted by all ranks
+        self._flying: list[MpiExchange] = []
+        self._types: dict[int, Any] = {}
+        self._scratch: list[Tensor] = []
+        self._error: Exception | None = None
+        self._broken = self._closed = False
+        aware = device_awareness(group.mpi_comm, options.device)[0]
+        told = group.all_gather_object(aware, timeout_s=options.timeout_s, operation="Buffer()")
+        self.engine: CopyEngine | None = copy_engine(options.device)
+        self.slots = None if self.engine is None or all(told) else Slots(self.engine)
+        try:
+            self.post = post_of(group, options.timeout_s)
+            self.box = self.post.open(options.buffer_id, self._advance, self.close)
+            self.comm = self._duplicate()
+        except MPI.Exception as error:
+            raise mpi_error(error, rank=group.rank, operation="Buffer()") from error
+
+    def _duplicate(self) -> Any:
+        try:
+            return duplicate(self.group, self.timeout_s)
+        except BaseException:
+            self.post.shut(self.box)
+            raise
+
+    @classmethod
+    def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
+        if group.mpi_comm is None:
+            return Support(False, "the group is not an mpi4py communicator")
+        from mpi4py import MPI
+
+        vendor, version = MPI.get_vendor()
+        reason = f"Ialltoallv of {vendor} {'.'.join(map(str, version))}"
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            reason += ", which was started for one thread: rows move only inside calls of moecomm"
+        if device.type != "cpu":
+            reason += f"; {device_awareness(group.mpi_comm, device)[1]}"
+        return Support(True, reason)
+
+    # -- operations --------------------------------------------------------------------------------------------------
+
+    def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
+        """Every operation begins with such messages: they are where disagreement and absence show."""
+        seq = self._begin(tag, {peer: counts.astype("<i4").tobytes() for peer in self.post.peers})
+        self._wait(lambda: self._heard(seq) and self._conflict(seq, tag) is None, seq, tag, lambda: self._unheard(seq))
+        gathered = np.empty((self.group.size, len(counts)), np.int32)
+        gathered[self.group.rank] = counts
+        for peer, (_, payload) in self.box.headers.pop(seq, {}).items():
+            gathered[peer] = np.frombuffer(payload, "<i4")
+        return gathered
+
+    def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
+        if agreed:
+            return MpiExchange(self, self._seq - 1, tag, lanes, agreed=True)
+        rows = np.array([lane.send_counts for lane in lanes], "<i8")
+        seq = self._begin(tag, {peer: rows[:, peer].tobytes() for peer in self.post.peers})
+        return MpiExchange(self, seq, tag, lanes, agreed=False)
+
+    def close(self) -> None:
+        with PROGRESS.lock:
+            if self._closed or self.mpi.Is_finalized():
+                return
+            self._advance()
+            first = self._queue[0].seq if self._queue else self._seq
+            self._queue.clear()
+            self._call_mpi(lambda: self.post.send_all(self.box, Kind.BYE, first))
+            self._closed = True
+            self._advance()
+
+    def abort(self, error: MoECommError) -> None:
+        self._broken = True
+        self.post.tell(self.box, error)
+
+    def stats(self) -> dict[str, int]:
+        return {"collectives": self.num_launched, "staged_chunks": self.slots.num_chunks if self.slots else 0}
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(scratch.numel() for scratch in self._scratch) + (self.slots.allocated_bytes if self.slots else 0)
+
+    # -- what exchanges use ------------------------------------------------------------------------------------------
+
+    def commit(self, exchange: MpiExchange) -> None:
+        """Queue an exchange; it leaves at once if all ranks are here."""
+        with PROGRESS.lock:
+            self._queue.append(exchange)
+            PROGRESS.pump()
+        PROGRESS.nudge()
+
+    def finish(self, exchange: MpiExchange) -> None:
+        """Wait until all rows of an exchange have come."""
+        seq = exchange.seq
+        if not exchange.agreed:
+            self._wait(lambda: exchange.agreed, seq, exchange.tag, lambda: self._unheard(seq))
+        self._wait(lambda: exchange.done, seq, exchange.tag, list)
+
+    def row_type(self, row_bytes: int) -> Any:
+        """The MPI datatype of one row."""
+        if row_bytes not in self._types:
+            self._types[row_bytes] = self.mpi.BYTE.Create_contiguous(row_bytes).Commit()
+        return self._types[row_bytes]
+
+    def take_scratch(self, num_rows: int, row_bytes: int) -> Tensor:
+        """(num_rows, row_bytes) uint8 to pack or unpack from, used again: fresh pages cost as much as a copy."""
+        nbytes = num_rows * row_bytes
+        fitting = [scratch for scratch in self._scratch if nbytes <= scratch.numel() <= max(4 * nbytes, 1 << 16)]
+        if fitting:
+            best = min(fitting, key=Tensor.numel)
+            self._scratch = [scratch for scratch in self._scratch if scratch is not best]
+        else:
+            best = empty_rows(1, nbytes + nbytes // 8, torch.uint8, self.device).view(-1)
+        return best[:nbytes].view(num_rows, row_bytes)
+
+    def give_scratch(self, rows: Tensor) -> None:
+        """Take scratch back; the four largest pieces are kept."""
+        base = (rows if rows._base is None else rows._base).view(-1)
+        self._scratch = sorted([*self._scratch, base], key=Tensor.numel)[-4:]
+
+    # -- progress ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, tag: str, payloads: dict[int, bytes]) -> int:
+        """Tell every peer which operation this rank is in."""
+        with PROGRESS.lock:
+            seq, self._seq = self._seq, self._seq + 1
+            self._call_mpi(lambda: self.post.send_all(self.box, Kind.HEADER, seq, tag, payloads))
+        return seq
+
+    def _advance(self) -> bool:
+        """Launch what all ranks agree on, in order, and see what has arrived; True while something is under way."""
+        if self._error is None and self.post.error is None:
+            self._call_mpi(self._advance_now)
+        if self._closed and (self._broken or self._error or self.post.error):
+            _abandoned.extend(self._flying)  # and the communicator is not freed: late messages must not find another
+            self._flying = []
+            self.post.shut(self.box)
+        elif self._closed and not self._flying:
+            self.post.shut(self.box)
+            for row_type in self._types.values():
+                row_type.Free()
+            self._types = {}
+            self.comm.Free()
+        return bool(self._flying or self._queue)
+
+    def _advance_now(self) -> None:
+        while self._queue and self._may_launch(self._queue[0]):
+            exchange = self._queue.popleft()
+            self._flying.append(exchange)
+            self.num_launched += exchange.launch()
+        self._flying = [exchange for exchange in self._flying if not exchange.test()]
+
+    def _may_launch(self, exchange: MpiExchange) -> bool:
+        if not exchange.agreed and self._heard(exchange.seq) and self._conflict(exchange.seq, exchange.tag) is None:
+            exchange.agreed = True
+            self.box.headers.pop(exchange.seq, None)
+        one_at_a_time = self.slots is not None and bool(self._flying)
+        return exchange.agreed and exchange.is_ready() and not one_at_a_time
+
+    def _call_mpi(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except self.mpi.Exception as error:
+            self._error = error
+
+    # -- waiting -----------------------------------------------------------------------------------------------------
+
+    def _heard(self, seq: int) -> bool:
+        return len(self.box.headers.get(seq, ())) == len(self.post.peers)
+
+    def _unheard(self, seq: int) -> list[int]:
+        return [peer for peer in self.post.peers if peer not in self.box.headers.get(seq, ())]
+
+    def _wait(self, done: Callable[[], bool], seq: int, tag: str, missing: Callable[[], list[int]]) -> None:
+        """Wait until it is done, the deadline passes, or something is known that prevents it."""
+        start = time.monotonic()
+        conflict_s: float | None = None
+        with PROGRESS.waiting(self.box, seq):
+            while True:
+                lost = set(self.post.lost)  # what these sent before they ended is here after one more look
+                PROGRESS.pump()
+                if done():
+                    return
+                waited = time.monotonic() - start
+                self._raise_what_is_known(seq, tag, sorted(lost & set(missing() or lost)))
+                if conflict := self._conflict(seq, tag):
+                    conflict_s = waited if conflict_s is None else conflict_s
+                    if self._heard(conflict.seq or seq) or waited >= min(conflict_s + _GRACE_S, self.timeout_s):
+                        self._broken = True
+                        raise conflict  # the others find out by themselves
+                if waited >= self.timeout_s:
+                    self._give_up(seq, tag, missing(), waited)
+                pause(waited)
+
+    def _raise_what_is_known(self, seq: int, tag: str, lost: list[int]) -> None:
+        where = self._where(seq, tag)
+        if error := self._error or self.post.error:
+            self._fail(mpi_error(error, **where), error)
+        for peer, told in self.box.aborts.items():
+            self._broken = True
+            who = "this rank" if self.group.rank in told["peers"] else names(told["peers"])
+            because = f" because of {who}" if told["peers"] else ""
+            what = f"rank {peer} gave up in {told['operation']}{because}: {told['what']}"
+            raise getattr(errors, told["error"], MoECommError)(what, **where, peers=told["peers"])
+        if gone := [peer for peer, first in self.box.byes.items() if first <= seq]:
+            self._fail(PeerLostError(f"{names(gone)} closed its buffer", **where, peers=gone))
+        if lost:
+            self._fail(PeerLostError(f"{names(lost)} is gone (its process ended)", **where, peers=lost))
+
+    def _conflict(self, seq: int, tag: str) -> DesyncError | None:
+        """The error to raise if a peer is known to do something else in this operation or in an earlier one."""
+        for exchange in self._queue:
+            if not exchange.agreed and exchange.seq <= seq:
+                told = self.box.headers.get(exchange.seq, {})
+                if error := self._disagreement(exchange.seq, exchange.tag) or exchange.agrees_with(told):
+                    return error
+        return self._disagreement(seq, tag)
+
+    def _disagreement(self, seq: int, tag: str) -> DesyncError | None:
+        headers = self.box.headers.get(seq, {})
+        told = [headers[peer][0] if peer in headers else tag for peer in range(self.group.size)]
+        return DesyncError.among(told, self.group.rank, seq)
+
+    def _give_up(self, seq: int, tag: str, missing: list[int], waited_s: float) -> NoReturn:
+        """Call the roll. Late are the ranks that say nothing, or that came elsewhere and wait for nobody there."""
+        silent = self.post.call_roll(self.box)
+        late = [peer for peer in missing if peer in silent or self.box.here.get(peer, -1) < 0] or missing or silent
+        who = f"waiting for {names(late)}" if late else "of transfer: all ranks answer, so the network is too slow"
+        remedy = "look at what those ranks do, or raise timeout_s" if late else "raise timeout_s"
+        what = f"gave up after {waited_s:.1f} s {who}"
+        self._fail(StallError(what, remedy=remedy, **self._where(seq, tag), peers=late))
+
+    def _fail(self, error: MoECommError, cause: Exception | None = None) -> NoReturn:
+        self.abort(error)
+        raise error from cause
+
+    def _where(self, seq: int, tag: str) -> dict[str, Any]:
+        return {"rank": self.group.rank, "operation": tag.split(" ")[0], "seq": seq}
+
+
+@final
+class _LaneRows:
+    """The rows of a lane on this rank, on their way: packed by destination, as received, and in their places."""
+
+    def __init__(self, transport: MpiTransport, lane: Lane) -> None:
+        rank = transport.group.rank
+        self.lane = lane
+        self.send_counts, self.recv_counts = _without(lane.send_counts, rank), _without(lane.recv_counts, rank)
+        self.send_starts = np.cumsum(self.send_counts) - self.send_counts
+        self.packed = transport.take_scratch(int(self.send_counts.sum()), lane.row_bytes)
+        self.out = empty_rows(int(lane.out_rows[rank]), lane.row_bytes, torch.uint8, transport.device)
+        if lane.recv_slots is None:
+            self.received = self.out
+            self.recv_starts = np.cumsum(lane.recv_counts) - lane.recv_counts
+        else:
+            self.received = transport.take_scratch(int(self.recv_counts.sum()), lane.row_bytes)
+            self.recv_starts = np.cumsum(self.recv_counts) - self.recv_counts
+
+    def unpack(self, rank: int) -> Tensor:
+        """Put the rows of peers where they belong."""
+        if self.lane.recv_slots is not None and len(self.received):
+            start = int(self.lane.recv_counts[:rank].sum())
+            own = slice(start, start + int(self.lane.recv_counts[rank]))
+            slots = torch.from_numpy(np.delete(self.lane.recv_slots(), own)).to(self.out.device)
+            copy_rows(self.out, self.received, torch.arange(len(self.received), device=self.out.device), slots)
+        return self.out
+
+
+def _without(counts: np.ndarray, rank: int) -> np.ndarray:
+    """The counts with nothing for this rank."""
+    counts = counts.astype(np.int64)
+    counts[rank] = 0
+    return counts
+
+
+@final
+class MpiExchange(Exchange):
+    """Packed, launched when all ranks agree and the device is done packing, unpacked."""
+
+    def __init__(self, transport: MpiTransport, seq: int, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> None:
+        self.seq, self.tag, self.agreed, self.done = seq, tag, agreed, False
+        self.is_ready: Callable[[], bool] = lambda: True
+        self._transport, self._rank = transport, transport.group.rank
+        self._rows = [_LaneRows(transport, lane) for lane in lanes]
+        self._requests: list[Any] = []
+        self._staged: StagedRows | None = None
+        self._out: list[Tensor] | None = None
+
+    def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
+        rows = self._rows[lane]
+        slots = rows.lane.send_slots
+        if dst == self._rank and slots is not None:
+            start = int(rows.lane.send_counts[:dst].sum())
+            copy_rows(rows.out, src, index, slots[start : start + int(rows.lane.send_counts[dst])])
+        else:
+            copy_rows(self.target(lane, dst), src, index)
+
+    def target(self, lane: int, dst: int) -> Tensor:
+        rows = self._rows[lane]
+        if dst == self._rank and rows.lane.recv_slots is None:
+            start = int(rows.recv_starts[dst])
+            return rows.out[start : start + int(rows.lane.recv_counts[dst])]
+        start = int(rows.send_starts[dst])
+        return rows.packed[start : start + int(rows.send_counts[dst])]
+
+    def commit(self) -> None:
+        if self._transport.engine is not None:
+            self.is_ready = self._transport.engine.mark()
+        self._transport.commit(self)
+
+    def wait(self) -> list[Tensor]:
+        if self._out is None:
+            self._transport.finish(self)
+            self._out = [rows.unpack(self._rank) for rows in self._rows]
+            for rows in self._rows:
+                self._transport.give_scratch(rows.packed)
+                if rows.received is not rows.out:
+                    self._transport.give_scratch(rows.received)
+            self._rows = []
+        return self._out
+
+    def own(self, lane: int) -> Tensor:
+        return self.wait()[lane]
+
+    def release(self) -> None: ...
+
+    # -- called with the lock ----------------------------------------------------------------------------------------
+
+    def agrees_with(self, headers: dict[int, tuple[str, bytes]]) -> DesyncError | None:
+        """The error to raise if a peer sends other numbers of rows than this rank expects, or None."""
+        expected = np.array([rows.lane.recv_counts for rows in self._rows], "<i8")
+        told = {peer: np.frombuffer(payload, "<i8") for peer, (_, payload) in headers.items()}
+        others = [peer for peer in sorted(told) if not np.array_equal(told[peer], expected[:, peer])]
+        if not others:
+            return None
+        peer = others[0]
+        return DesyncError(
+            f"the ranks do not use handles of the same dispatch: {names(others)} sent other rows than expected",
+            got=f"{told[peer].tolist()} rows from rank {peer}",
+            expected=expected[:, peer].tolist(),
+            remedy="use the handle of the same dispatch on every rank",
+            rank=self._rank,
+            operation=self.tag.split(" ")[0],
+            seq=self.seq,
+            peers=others,
+        )
+
+    def launch(self) -> int:
+        """Let the rows go; how many collectives of MPI that took."""
+        transport = self._transport
+        moved = [rows for rows in self._rows if rows.lane.row_bytes and transport.post.peers]
+        if transport.slots is not None:
+            self._staged = StagedRows(transport.slots, transport.comm, transport.mpi)
+            for number, rows in enumerate(moved):
+                row_type = transport.row_type(rows.lane.row_bytes)
+                outward = rows.packed, rows.send_counts, rows.send_starts
+                inward = rows.received, rows.recv_counts, rows.recv_starts
+                self._staged.add(number, row_type, outward, inward)
+            return 0
+        for rows in moved:
+            row_type = transport.row_type(rows.lane.row_bytes)
+            sent = [_memory(transport.mpi, rows.packed), (rows.send_counts, rows.send_starts), row_type]
+            received = [_memory(transport.mpi, rows.received), (rows.recv_counts, rows.recv_starts), row_type]
+            self._requests.append(transport.comm.Ialltoallv(sent, received))
+        return len(moved)
+
+    def test(self) -> bool:
+        """Whether all rows are here, and all of this rank's are off; lets MPI work on it."""
+        if self._staged is not None:
+            self.done = self._staged.advance()
+        else:
+            self.done = self._transport.mpi.Request.Testall(self._requests)
+        return self.done
+
+
+def _memory(mpi: Any, rows: Tensor) -> Any:
+    """The memory of a tensor, on whatever device, as MPI takes it."""
+    return mpi.buffer.fromaddress(rows.data_ptr(), rows.numel())
