@@ -18,6 +18,7 @@ from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
 from moecomm.transport.base import TAG_BYTES, Exchange, Lane, Support, Transport, TransportOptions
 
+_HEAD_COUNTS = 256  # counts that travel with the tag; more follow once the ranks are known to agree
 _SLICE_S = 0.5  # how often a waiting rank looks whether another one gave up
 _ROLL_CALL_S = 1.0  # what the others get to say that they are there, once somebody gave up
 
@@ -47,16 +48,26 @@ class CollectiveTransport(Transport):
 
     def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
         """Every operation begins with one of these: it is also where disagreement shows."""
+        counts = counts.astype(np.int32)
         name = np.frombuffer(tag.encode()[:TAG_BYTES].ljust(TAG_BYTES), np.uint8)
-        blob = torch.from_numpy(np.concatenate([name, counts.astype(np.int32).view(np.uint8)])).to(self.device)
-        blobs = blob.new_empty(self.group.size, len(blob))
-        # A list of views, not one tensor: that is the form every backend has.
-        self.finish(dist.all_gather(list(blobs), blob, group=self.process_group, async_op=True), tag)
-        gathered = blobs.cpu().numpy()
-        tags = [row[:TAG_BYTES].tobytes().decode().rstrip() for row in gathered]
+        head = np.zeros(_HEAD_COUNTS, np.int32)
+        head[: len(counts)] = counts[:_HEAD_COUNTS]
+        # Of the same size whatever is being done: a rank that does something else must be able to say so.
+        heads = self._all_gather(np.concatenate([name, head.view(np.uint8)]), tag)
+        tags = [row[:TAG_BYTES].tobytes().decode(errors="replace").rstrip() for row in heads]
         if error := DesyncError.among(tags, self.group.rank, self._seq):
             raise error
-        return gathered[:, TAG_BYTES:].copy().view(np.int32)
+        if len(counts) > _HEAD_COUNTS:
+            return self._all_gather(counts.view(np.uint8), tag).view(np.int32)
+        return heads[:, TAG_BYTES:].copy().view(np.int32)[:, : len(counts)]
+
+    def _all_gather(self, blob: np.ndarray, tag: str) -> np.ndarray:
+        """(W, len(blob)) the bytes of all ranks."""
+        mine = torch.from_numpy(blob).to(self.device)
+        blobs = mine.new_empty(self.group.size, len(mine))
+        # A list of views, not one tensor: that is the form every backend has.
+        self.finish(dist.all_gather(list(blobs), mine, group=self.process_group, async_op=True), tag)
+        return blobs.cpu().numpy()
 
     def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
         if not agreed:
