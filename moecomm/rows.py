@@ -1,6 +1,6 @@
 """Row primitives: copy rows by index, sum rows by table, and the gradient of a weighted sum.
 
-All three work on any device through plain torch (`*_ref`). On a CPU where llvmlite (which numba brings along) is
+All three work on any device through plain torch (`*_ref`). On a CPU where llvmlite is
 installed they run compiled loops that give the same bits, several times as fast; `backend()` says which is in use and
 why. Rows are 2-D with a contiguous last dimension; the stride between rows is free, and an output may lie in memory
 that is shared with other processes. Nothing here is recorded by autograd.
