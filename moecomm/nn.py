@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moecomm import Buffer, ConfigError
 
-__all__ = ["GroupedExperts", "MoELayer", "Routing", "TopKRouter", "load_balancing_loss"]
+__all__ = ["GroupedExperts", "MoELayer", "Routing", "TopKRouter", "load_balancing_loss", "topk_routing"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROW_BYTES = 16  # grouped_mm takes rows of a multiple of this only, on a CPU too
@@ -30,7 +30,7 @@ _ROW_BYTES = 16  # grouped_mm takes rows of a multiple of this only, on a CPU to
 @final
 @dataclass(frozen=True, eq=False, slots=True)
 class Routing:
-    """What a router decided.
+    """What a router decided; T may be several dimensions.
 
     topk_idx: (T, K) int64 global expert ids, different ones in each row, most probable first.
     topk_weights: (T, K) float32, what each expert's output is multiplied by.
@@ -40,6 +40,23 @@ class Routing:
     topk_idx: Tensor
     topk_weights: Tensor
     probs: Tensor
+
+
+def topk_routing(logits: Tensor, top_k: int, *, renormalise: bool = False) -> Routing:
+    """Turn scores into a routing: a softmax over all experts, the K largest. For routers of your own.
+
+    Args:
+        logits: (T, E) floating; T may be several dimensions.
+        top_k: K, at most E.
+        renormalise: divide the K weights by their sum, so that they add up to 1.
+
+    >>> routing = topk_routing(torch.tensor([[0.0, 2.0, 1.0]]), 2, renormalise=True)
+    >>> routing.topk_idx.tolist(), round(float(routing.topk_weights.sum()), 6)
+    ([[1, 2]], 1.0)
+    """
+    probs = F.softmax(logits, dim=-1, dtype=torch.float32)
+    weights, idx = probs.topk(top_k, dim=-1)
+    return Routing(idx, weights / weights.sum(-1, keepdim=True) if renormalise else weights, probs)
 
 
 class TopKRouter(nn.Module):
@@ -94,14 +111,11 @@ class TopKRouter(nn.Module):
         self.hidden, self.num_experts, self.top_k, self.renormalise = hidden, num_experts, top_k, renormalise
         self.weight = nn.Parameter(_uniform((num_experts, hidden), hidden, seed, "router").to(device))
 
-    def forward(self, x_TH: Tensor) -> Routing:
-        """Route (T, H) tokens of any floating dtype."""
-        with torch.autocast(x_TH.device.type, enabled=False):
-            probs = F.softmax(F.linear(x_TH.float(), self.weight.float()), dim=-1)
-        weights, idx = probs.topk(self.top_k, dim=-1)
-        if self.renormalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(idx, weights, probs)
+    def forward(self, x: Tensor) -> Routing:
+        """Route (T, H) tokens of any floating dtype; T may be several dimensions."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())
+        return topk_routing(logits, self.top_k, renormalise=self.renormalise)
 
     def extra_repr(self) -> str:
         return f"{self.hidden}, {self.num_experts}, top_k={self.top_k}, renormalise={self.renormalise}"
@@ -215,7 +229,7 @@ class MoELayer(nn.Module):
     and all others (router included) are to be summed over the ranks. For a mean over ranks divide all of them by W.
 
     Attributes:
-        router: TopKRouter.
+        router: TopKRouter, or what was given.
         experts: GroupedExperts, those of this rank.
         aux_loss: () float32, `load_balancing_loss` of the last forward: this rank's probabilities, the choices of all
             ranks. Add it, times a small factor (0.01 in Switch Transformer), to the loss. None before the first one.
@@ -224,7 +238,8 @@ class MoELayer(nn.Module):
     Args:
         buffer: what moves the rows; its dtype is that of tokens and experts.
         intermediate: D of each expert.
-        renormalise: of the router.
+        router: gives a Routing for x; None: a TopKRouter.
+        renormalise: of the TopKRouter.
         align: rows that each expert's group is padded to a multiple of; None: 1 on a CPU, and on an accelerator the 16
             bytes that its grouped matmul asks for.
         seed: of all weights. Give every layer of a model another one.
@@ -241,6 +256,8 @@ class MoELayer(nn.Module):
     (torch.Size([2, 5, 8]), torch.Size([4, 8, 64]), 20)
     """
 
+    router: Any  # a module with whatever attributes its owner gave it
+    experts: GroupedExperts
     aux_loss: Tensor | None
     expert_counts: Tensor | None
 
@@ -249,21 +266,25 @@ class MoELayer(nn.Module):
         buffer: Buffer,
         *,
         intermediate: int,
+        router: nn.Module | None = None,
         renormalise: bool = False,
         align: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         _check_type("buffer", buffer, Buffer)
+        if router is not None and renormalise:
+            raise ConfigError("renormalise is for the layer's own router", remedy="leave it to the router you pass")
         config = buffer.config
         _check_dtype(config.dtype)
         align = _default_align(config.device, config.dtype) if align is None else align
         _check_counts(align=align)
         self.buffer, self.align = buffer, align
         expert_ids = config.placement.experts_of_rank[buffer.group.rank]
-        self.router = TopKRouter(
-            config.hidden, config.num_experts, config.top_k, renormalise=renormalise, seed=seed, device=config.device
-        )
+        if router is None:
+            sizes = config.hidden, config.num_experts, config.top_k
+            router = TopKRouter(*sizes, renormalise=renormalise, seed=seed, device=config.device)
+        self.router = router
         self.experts = GroupedExperts(
             config.hidden, intermediate, expert_ids, seed=seed, dtype=config.dtype, device=config.device
         )
@@ -287,16 +308,18 @@ class MoELayer(nn.Module):
                 expected=f"(..., {config.hidden})",
                 rank=self.buffer.group.rank,
             )
-        x_TH = x.reshape(-1, config.hidden)
-        routing = self.router(x_TH)
-        out = self.buffer.dispatch(x_TH, routing.topk_idx, routing.topk_weights, align=self.align)
+        routing = self.router(x)
+        topk_idx, topk_weights, probs = (
+            part.reshape(-1, part.shape[-1]) for part in (routing.topk_idx, routing.topk_weights, routing.probs)
+        )
+        out = self.buffer.dispatch(x.reshape(-1, config.hidden), topk_idx, topk_weights, align=self.align)
         rows = self.experts(out.x, out.expert_offsets)
         y_TH = self.buffer.combine(rows, out.handle)
         flat_counts = out.handle.expert_counts.sum(0)  # in the order of ranks and their local ids
         self.expert_counts = torch.empty_like(flat_counts).index_copy_(
             0, torch.tensor(config.placement.flat_experts, device="cpu"), flat_counts
         )
-        self.aux_loss = load_balancing_loss(routing.probs, self.expert_counts)
+        self.aux_loss = load_balancing_loss(probs, self.expert_counts)
         return y_TH.view(x.shape)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import moecomm
-from moecomm.nn import GroupedExperts, MoELayer, TopKRouter, load_balancing_loss
+from moecomm.nn import GroupedExperts, MoELayer, Routing, TopKRouter, load_balancing_loss, topk_routing
 from moecomm.testing import RankPool, assert_bitwise, assert_error_bounded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -346,6 +346,25 @@ def test_any_leading_dimensions() -> None:
     assert layer(x[0, 0, 0]).shape == (16,)
     assert layer(x[:0]).shape == (0, 3, 4, 16)
     assert layer.expert_counts is not None and layer.expert_counts.tolist() == [0] * 5
+
+
+class Ones(torch.nn.Module):
+    """A router that sends every token to experts 3 and 1, with weight 1."""
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0]).expand(*x.shape[:-1], 5)
+        routing = topk_routing(logits, 2)
+        return Routing(routing.topk_idx, torch.ones_like(routing.topk_weights), routing.probs)
+
+
+def test_a_router_of_your_own() -> None:
+    buffer, x = Case(name="").layer(1).buffer, drawn(2, 3, 16)
+    layer = MoELayer(buffer, intermediate=24, router=Ones())
+    w_in, w_out = layer.experts.w_in, layer.experts.w_out
+    torch.testing.assert_close(layer(x), swiglu(x, w_in[3], w_out[3]) + swiglu(x, w_in[1], w_out[1]))
+    assert layer.expert_counts is not None and layer.expert_counts.tolist() == [0, 6, 0, 6, 0]
+    with pytest.raises(moecomm.ConfigError, match="leave it to the router you pass"):
+        MoELayer(buffer, intermediate=24, router=Ones(), renormalise=True)
 
 
 def test_wrong_input_is_refused_and_the_layer_works_on() -> None:
