@@ -150,8 +150,8 @@ class Trial:
             return
         what = f"round {sent.round}: combine, variant {variant}"
         weighted = (None, True, False)[variant % 3]
-        rows = [self._values("rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(expected)]
-        given = [self._values("bias", r, sent.round + variant, t) for r, t in enumerate(tokens)]
+        rows = [self.case.values("rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(expected)]
+        given = [self.case.values("bias", r, sent.round + variant, t) for r, t in enumerate(tokens)]
         biases = given if variant % 2 else None
         mine = _poisoned(rows[self.rank], expected[self.rank].source_rank == -1)
         before = mine.clone()
@@ -177,10 +177,10 @@ class Trial:
             return
         sheet, round, what = sent.sheet, sent.round, f"round {sent.round}: gradient"
         num_tokens = len(sheet.xs[self.rank])
-        x = self._values("x", self.rank, round, num_tokens)
+        x = self.case.values("x", self.rank, round, num_tokens, octaves=0)
         idx, weights = self._routing(sheet)
-        dys = [self._values("dy", r, round, len(sheet.xs[r])) for r in range(self.world_size)]
-        bias = self._values("bias", self.rank, round, num_tokens)
+        dys = [self.case.values("dy", r, round, len(sheet.xs[r]), octaves=0) for r in range(self.world_size)]
+        bias = self.case.values("bias", self.rank, round, num_tokens, octaves=0)
         leaf_x, leaf_bias, leaf_weights = _leaf(self._on(x)), _leaf(self._on(bias)), _leaf(self._on(weights))
 
         out = self.buffer.dispatch(leaf_x, self._on(idx), leaf_weights, layout=self.layout, align=self.align)
@@ -200,7 +200,7 @@ class Trial:
 
     def _backward_of_dispatch(self, round: int, sheet: Sheet) -> None:
         """The backward of dispatch alone is an unweighted combine, bit for bit."""
-        grads = [self._values("grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
+        grads = [self.case.values("grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
         mine = _poisoned(grads[self.rank], sheet.expected[self.rank].source_rank == -1)
         leaf = _leaf(self._on(sheet.xs[self.rank]))
         idx, _ = self._routing(sheet)
@@ -284,9 +284,6 @@ class Trial:
     def _payload(self, x: Tensor, sheet: Sheet) -> Any:
         return self._on(x) if sheet.scales is None else (self._on(x), self._on(sheet.scales[self.rank].clone()))
 
-    def _values(self, purpose: str, rank: int, round: int, num_rows: int) -> Tensor:
-        return self.case.values(purpose, rank, round, num_rows)
-
     def _on(self, tensor: Any) -> Any:
         return None if tensor is None else tensor.to(self.device)
 
@@ -310,7 +307,7 @@ def _gradients_in_one_process(
     With `magnitudes` nothing cancels: every input is positive, and so are the experts' derivatives.
     """
     num_tokens = case.num_tokens(rank, round)
-    x, bias, dy = (case.values(name, rank, round, num_tokens).to(dtype) for name in ("x", "bias", "dy"))
+    x, bias, dy = (case.values(name, rank, round, num_tokens, octaves=0).to(dtype) for name in ("x", "bias", "dy"))
     idx, weights = case.routing(rank, round, world_size)
     if magnitudes:
         x, bias, dy, weights = x.abs(), bias.abs(), dy.abs(), None if weights is None else weights.abs()

@@ -110,11 +110,15 @@ class Case:
             return None
         return provenance_rows(rank, self.num_tokens(rank, round), self.scale_columns, torch.float32, round + 100)
 
-    def values(self, purpose: str, rank: int, round: int, num_rows: int) -> Tensor:
-        """Make (num_rows, H) combine_dtype numbers whose sums need rounding: expert rows, biases, gradients."""
+    def values(self, purpose: str, rank: int, round: int, num_rows: int, *, octaves: int = 6) -> Tensor:
+        """Make (num_rows, H) combine_dtype numbers whose sums need rounding: expert rows, biases, gradients.
+
+        They are normal, times 2**i with i from -octaves to octaves. A wide range shows where each rounding takes place;
+        with 0 no element dominates, as a comparison of largest errors needs it.
+        """
         generator = self._generator(purpose, rank, round)
         rows = torch.randn(num_rows, self.hidden, generator=generator)
-        rows = rows * torch.exp2(torch.randint(-6, 7, rows.shape, generator=generator))
+        rows = rows * torch.exp2(torch.randint(-octaves, octaves + 1, rows.shape, generator=generator))
         if self.extreme and rows.numel():
             limits = torch.finfo(self.combine_dtype)
             special = [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, limits.max, limits.min, limits.tiny / 4]
