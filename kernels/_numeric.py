@@ -28,7 +28,7 @@ def widen(value):
 def narrow(value, TO: tl.constexpr):
     """Round a float32 to nearest even; what is not a number becomes the one NaN that torch writes."""
     bits = tl.where(value == value, value.to(tl.uint32, bitcast=True), 0x7FC00000)
-    if TO == tl.bfloat16:
+    if tl.bfloat16 == TO:
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return bits.to(tl.float32, bitcast=True).to(TO)

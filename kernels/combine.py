@@ -8,14 +8,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moecomm.kernels._launch import launch, num_programs
 from moecomm.kernels._numeric import element_of, narrow
 from moecomm.kernels.reduce import reduce_ref, sum_inputs, sum_rows
 from moecomm.kernels.rows import row_at, used
 from moecomm.kernels.sync import may_send, signal_ref, signal_when_all_arrived
 from moecomm.kernels.wire import ROWS, STALLED, Link, Wire, area_of, view_memory
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -140,7 +139,7 @@ def push_reduced_ref(
         sent = [(link.rank * link.max_tokens + slot, sums[pair])]
         if each:
             first = int(token[pair]) * table.shape[1]
-            sent = [(first + k, rows[row]) for k, row in enumerate(table[pair].tolist()) if row >= 0]
+            sent = [(first + k, rows[row].contiguous()) for k, row in enumerate(table[pair].tolist()) if row >= 0]
         for place, row in sent:
             view_memory(home + place * wire.row_bytes, (row_bytes,), torch.uint8).copy_(row.view(torch.uint8))
     signal_ref(link, wire)

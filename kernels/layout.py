@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moecomm.kernels._launch import launch
 from moecomm.kernels.wire import BAD_ID, Wire
+from torch import Tensor
 
 _BLOCK_ENTRIES = 2048
 
@@ -80,12 +79,13 @@ def _layout_kernel(
                 rest = tl.arange(0, WIRE.meta_p2)[None, :]
                 own = (rest >= 3 * TOP_K) & (rest < WIRE.meta_words) & (token[:, None] < num_tokens)
                 tl.store(first + rest, token[:, None] + tl.zeros_like(rest), mask=own)
-                bad = (expert < -1) | (expert >= num_experts)
-                shown = tl.minimum(tl.maximum(expert.to(tl.int64), -(2**31)), 2**31 - 1) & 0xFFFFFFFF
-                key = tl.where(inside & bad, ((2**31 - 1 - entry).to(tl.int64) << 32) | shown, 0)
-                worst = tl.max(tl.max(key, axis=1), axis=0)
-                if worst > 0:
-                    tl.atomic_max(status + BAD_ID, worst, sem="relaxed")
+                bad = inside & ((expert < -1) | (expert >= num_experts))
+                worst = tl.min(tl.min(tl.where(bad, entry, 2**31 - 1), axis=1), axis=0)
+                if worst < 2**31 - 1:
+                    shown = tl.load(topk_idx + worst).to(tl.int64)
+                    shown = tl.minimum(tl.maximum(shown, -(2**31)), 2**31 - 1) & 0xFFFFFFFF
+                    key = ((2**31 - 1 - worst).to(tl.int64) << 32) | shown
+                    tl.atomic_max(status + BAD_ID, key, sem="relaxed")
         tl.store(counts + program * WIRE.counts_width, num_pairs)
         column = tl.arange(0, WIRE.counts_p2)
         unused = (column > end - begin) & (column < WIRE.counts_width)
@@ -146,12 +146,14 @@ def layout(
     num_tokens, num_experts = topk_idx.shape[0], flat_of_expert.shape[0]
     out = _empty(num_tokens, wire, topk_idx.device)
     grid = (wire.world + num_experts,)
-    block_t = min(1024, triton.next_power_of_2(max(16, num_tokens)), max(16, 8192 // wire.top_k_p2))
-    block_entries = min(_BLOCK_ENTRIES, triton.next_power_of_2(max(16, num_tokens * wire.top_k)))
+    block_t = min(triton.next_power_of_2(max(16, num_tokens)), max(16, _BLOCK_ENTRIES // wire.top_k_p2))
+    block_entries = min(triton.next_power_of_2(max(16, num_tokens * wire.top_k)), _BLOCK_ENTRIES)
     tables = flat_of_expert, expert_begin
     sizes = num_tokens, max_tokens, num_experts
     blocks = {"BLOCK_T": block_t, "BLOCK_ENTRIES": block_entries}
-    launch(_layout_kernel, grid, *out, status, topk_idx, topk_weights, *tables, *sizes, WIRE=wire, **blocks)
+    launch(
+        _layout_kernel, grid, *out, status, topk_idx, topk_weights, *tables, *sizes, num_warps=8, WIRE=wire, **blocks
+    )
     return out
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moecomm.kernels._launch import launch, num_programs
 from moecomm.kernels.rows import Arriving, RowFormat, as_words, contiguous_rows, row_at, row_geometry, used, warps_for
 from moecomm.kernels.sync import wait_for_all
 from moecomm.kernels.wire import ROWS, area_of
+from torch import Tensor
 
 
 @triton.jit
@@ -64,12 +63,12 @@ def _permute_kernel(
 ):
     WORD: tl.constexpr = out.dtype.element_ty
     OUT_BYTES: tl.constexpr = ROW.words * ROW.word_bytes
-    count = num_pairs
     if link is not None:
         sequence = tl.load(link.state)
-        count = num_pairs * wait_for_all(link, sequence, WIRE)
+        if wait_for_all(link, sequence, WIRE) == 0:
+            return
         base = area_of(link, sequence & 1, ROWS, link.rank, WIRE)
-    for pair in range(tl.program_id(0), count, tl.num_programs(0)):
+    for pair in range(tl.program_id(0), num_pairs, tl.num_programs(0)):
         if link is not None:
             at = tl.load(wire_row + pair)
             source = row_at(base, at, WIRE.row_bytes, WORD, ROW.aligned)

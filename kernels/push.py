@@ -8,15 +8,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moecomm.kernels._launch import launch, num_programs
 from moecomm.kernels._numeric import element_of, widen
-from moecomm.kernels.rows import Row, RowFormat, as_words, contiguous_rows, row_at, row_geometry, used, warps_for
 from moecomm.kernels.layout import SendLayout
 from moecomm.kernels.quant import GROUP, encode_groups, has_fp8, quantize_ref
+from moecomm.kernels.rows import RowFormat, as_words, contiguous_rows, row_at, row_geometry, used, warps_for
 from moecomm.kernels.sync import may_send, signal_ref, signal_when_all_arrived
 from moecomm.kernels.wire import COUNTS, META, ROWS, STALLED, Link, Wire, area_of, view_memory
+from torch import Tensor
 
 _GROUPS_AT_ONCE = 32  # of 128 elements each
 

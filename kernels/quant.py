@@ -16,11 +16,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moecomm.kernels._launch import launch, num_programs
 from moecomm.kernels._numeric import element_of, narrow, widen
 from moecomm.kernels.rows import contiguous_rows, row_at
+from torch import Tensor
 
 GROUP = tl.constexpr(128)
 _GROUPS_AT_ONCE = 32
@@ -148,8 +147,8 @@ def quantize_ref(x: Tensor, *, power_of_two: bool = False, max_programs: int | N
     groups = -(-hidden // int(GROUP))
     value = torch.nn.functional.pad(x.float(), (0, groups * int(GROUP) - hidden)).view(num_rows, groups, int(GROUP))
     amax = value.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(2).clamp(min=_SMALLEST)
-    scales = amax / 448.0
-    inverse = 448.0 / amax
+    largest = torch.full_like(amax, 448.0)  # a tensor: torch divides by and through a number less exactly
+    scales, inverse = amax / largest, largest / amax
     if power_of_two:
         bits = (scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000
         scales = bits.view(torch.float32)

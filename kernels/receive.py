@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moecomm.kernels._launch import launch, num_programs
 from moecomm.kernels.permute import empty_rows, padding_rows, scales_at, zero_padding
 from moecomm.kernels.rows import Arriving, Row, as_words, row_at, row_geometry, used, warps_for
 from moecomm.kernels.sync import wait_for_all
 from moecomm.kernels.wire import COUNTS, META, ROWS, ROWS_NEEDED, STALLED, Wire, area_of, view_memory
+from torch import Tensor
 
 EXPERT, PADDED, RANK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _LAYOUTS = {"expert": EXPERT, "padded": PADDED, "rank": RANK}

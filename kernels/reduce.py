@@ -15,14 +15,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moecomm.kernels._launch import launch, num_programs
 from moecomm.kernels._numeric import element_of, narrow, widen
 from moecomm.kernels.permute import padding_rows
 from moecomm.kernels.rows import Arriving, RowFormat, contiguous_rows, row_at, used
 from moecomm.kernels.sync import wait_for_all
 from moecomm.kernels.wire import ROWS, Link, Wire, area_of
+from torch import Tensor
 
 NONE, BY_ROW, BY_ENTRY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _BLOCK_BYTES = 4096  # of a row, per program
@@ -64,17 +63,17 @@ def sum_rows(total, base, table, weights, p, column, SUM: tl.constexpr, ELEMENT:
 def _reduce_kernel(
     out, rows, table, weights, bias, link, num_sums, WIRE: tl.constexpr, SUM: tl.constexpr, ELEMENT: tl.constexpr
 ):
-    count = num_sums
     if link is not None:
         sequence = tl.load(link.state)
-        count = num_sums * wait_for_all(link, sequence, WIRE)
+        if wait_for_all(link, sequence, WIRE) == 0:
+            return
         base = area_of(link, sequence & 1, ROWS, link.rank, WIRE)
     else:
         base = rows.to(tl.int64)
     RESULT: tl.constexpr = out.dtype.element_ty
     column = tl.program_id(1) * SUM.block + tl.arange(0, SUM.block)
     inside = column < SUM.hidden
-    for p in range(tl.program_id(0), count, tl.num_programs(0)):
+    for p in range(tl.program_id(0), num_sums, tl.num_programs(0)):
         if bias is not None:
             BIAS: tl.constexpr = bias.dtype.element_ty
             source = row_at(bias.to(tl.int64), p, SUM.hidden * (BIAS.primitive_bitwidth // 8), BIAS, SUM.aligned)
@@ -171,10 +170,10 @@ def _reduce_grad_rows_kernel(
     ELEMENT: tl.constexpr,
     LOCAL: tl.constexpr,
 ):
-    count = num_sums
     if link is not None:
         sequence = tl.load(link.state)
-        count = num_sums * wait_for_all(link, sequence, WIRE)
+        if wait_for_all(link, sequence, WIRE) == 0:
+            return
         base = area_of(link, sequence & 1, ROWS, link.rank, WIRE)
     else:
         base = grad_out.to(tl.int64)
@@ -182,7 +181,7 @@ def _reduce_grad_rows_kernel(
     RESULT_BYTES: tl.constexpr = SUM.hidden * (RESULT.primitive_bitwidth // 8)
     column = tl.program_id(1) * SUM.block + tl.arange(0, SUM.block)
     inside = column < SUM.hidden
-    for p in range(tl.program_id(0), count, tl.num_programs(0)):
+    for p in range(tl.program_id(0), num_sums, tl.num_programs(0)):
         at = tl.cast(p, tl.int32)
         if wire_row is not None:
             at = tl.load(wire_row + p)
@@ -291,16 +290,16 @@ def _reduce_grad_weights_kernel(
     SUM: tl.constexpr,
     ELEMENT: tl.constexpr,
 ):
-    count = num_sums
     if link is not None:
         sequence = tl.load(link.state)
-        count = num_sums * wait_for_all(link, sequence, WIRE)
+        if wait_for_all(link, sequence, WIRE) == 0:
+            return
         base = area_of(link, sequence & 1, ROWS, link.rank, WIRE)
     else:
         base = grad_out.to(tl.int64)
     ROW: tl.constexpr = rows.dtype.element_ty
     ROW_BYTES: tl.constexpr = SUM.hidden * (ROW.primitive_bitwidth // 8)
-    for item in range(tl.program_id(0), count * SUM.columns, tl.num_programs(0)):
+    for item in range(tl.program_id(0), num_sums * SUM.columns, tl.num_programs(0)):
         p = item // SUM.columns
         at = p
         if wire_row is not None:
@@ -363,12 +362,11 @@ def reduce_grad_weights(
     else:
         out = torch.empty(table.shape, dtype=torch.float32, device=table.device)
     geometry = sums.geometry(rows)._replace(weights=BY_ROW.value if by_row else BY_ENTRY.value)
-    wide = max(sums.form.dtype.itemsize, rows.dtype.itemsize)
     launch(
         _reduce_grad_weights_kernel,
         (num_programs(table.numel(), table, max_programs),),
         *(out, sums.rows, rows, table, sums.wire_row, sums.link, table.shape[0]),
-        num_warps=DOT_LANES.value * wide // 512,
+        num_warps=1,
         WIRE=sums.wire,
         SUM=geometry,
         ELEMENT=element_of("grad_out", sums.form.dtype),

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moecomm.kernels.sync import wait_ref
 from moecomm.kernels.wire import ROWS, Link, Wire, view_memory
+from torch import Tensor
 
 _BYTES_PER_PROGRAM = 16384  # of a row, in flight at once
 _BYTES_PER_THREAD = 64

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from moecomm.kernels._launch import launch
 from moecomm.kernels.wire import LATE, SIGNALS, STALLED, Link, Wire, area_of, loopback, view_memory  # noqa: F401
 
