@@ -23,7 +23,7 @@ from moecomm.placement import ExpertPlacement
 from moecomm.plan import PlacementTables
 from moecomm.rows import backend as rows_backend
 from moecomm.topology import Topology
-from moecomm.transport import select
+from moecomm.transport import build, select
 from moecomm.transport.base import Support, TransportOptions
 
 T = TypeVar("T")
@@ -132,7 +132,7 @@ class Buffer:
             buffer_id=buffer_ids[0],
         )
         self._core = Core(
-            transport=chosen(self._group, topology, options),
+            transport=build(chosen, self._group, topology, options),
             tables=PlacementTables(self.config.placement, self.config.device),
             reduce=reduce,
             dtype=dtype,

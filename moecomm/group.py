@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import pickle
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 
 from moecomm import _env
@@ -224,6 +227,7 @@ class Group:
         process_group: the torch.distributed process group behind it, or None.
         mpi_comm: the mpi4py communicator behind it, or None.
         exchange: how bytes travel between the ranks.
+        is_duplicate: made by `duplicate`; then `free` ends it.
 
     >>> group = Group.resolve()  # torch.distributed is not initialised here: a single rank
     >>> group.rank, group.size, group.all_gather_object({"hidden": 64})
@@ -235,6 +239,7 @@ class Group:
     process_group: dist.ProcessGroup | None = None
     mpi_comm: Any = None
     exchange: _Exchange = field(repr=False)
+    is_duplicate: bool = False
 
     @classmethod
     def resolve(cls, group: Any = None) -> Group:
@@ -299,6 +304,44 @@ class Group:
                 remedy="pass an intracommunicator on the ranks that are in it",
             )
         return cls(rank=comm.Get_rank(), size=comm.Get_size(), mpi_comm=comm, exchange=_exchange_of_comm(comm))
+
+    def duplicate(self, *, timeout_s: float | None = None) -> Group:
+        """Make a group of the same ranks whose messages never meet those of this one: for use in another thread.
+
+        A process group gets connections of its own, over gloo and for CPU tensors whatever its backend is; `free` ends
+        them. Any other group is returned as it is: what moves rows over MPI makes its own communicators. Collective.
+
+        Args:
+            timeout_s: deadline in seconds, here and of everything that gloo does; None for the default.
+
+        Raises:
+            UnsupportedError: torch was built without gloo.
+            StallError, PeerLostError: as `all_gather_object`, or the ranks cannot connect to each other.
+        """
+        if self.process_group is None:
+            return self
+        if not dist.is_gloo_available():
+            raise UnsupportedError("torch.distributed has no gloo backend here", expected="one built with gloo")
+        timeout_s = _env.timeout_s() if timeout_s is None else timeout_s
+        operation = "Group.duplicate"
+        name = self.all_gather_object(secrets.token_hex(8), timeout_s=timeout_s, operation=operation)[0]
+        store = dist.PrefixStore(f"moecomm/{name}", self.process_group.get_group_store())
+        try:
+            backend = dist.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            what = "the ranks cannot connect to each other over gloo"
+            remedy = "name the network interface that all of them reach in GLOO_SOCKET_IFNAME"
+            raise PeerLostError(what, got=str(error), remedy=remedy, rank=self.rank, operation=operation) from error
+        group = dist.ProcessGroup(store, self.rank, self.size)
+        gloo = dist.ProcessGroup.BackendType.GLOO
+        group._register_backend(torch.device("cpu"), gloo, backend)
+        group._set_default_backend(gloo)
+        return replace(Group._of_process_group(group), is_duplicate=True)
+
+    def free(self) -> None:
+        """End the connections that `duplicate` made, and whatever is under way in them; never waits."""
+        if self.is_duplicate and self.process_group is not None:
+            self.process_group._get_backend(torch.device("cpu")).abort()
 
     def all_gather_object(self, obj: T, *, timeout_s: float | None = None, operation: str | None = None) -> list[T]:
         """Give every rank the objects of all ranks, in rank order.

@@ -130,6 +130,7 @@ def combine(
     reduce: str = "rank",
     weighted: bool | None = None,
     biases: Sequence[Tensor] | None = None,
+    node_of_rank: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Bring the experts' rows back to their tokens and add them up, with every rounding in its place.
 
@@ -139,6 +140,10 @@ def combine(
     once. Each product with a weight is rounded to float32 before it is added. A rank without a row for the token is
     skipped; a token with no expert gives its bias, or zero.
 
+    With node_of_rank, as the hierarchical transport does it, reduce="rank" has one level more: on each node a float32
+    sum over what its ranks have rounded, in ascending rank order, starting at +0, rounded once to the payload dtype; at
+    the source the sum runs over those nodes in ascending order. reduce="source" is the same as without.
+
     Args:
         rows_per_rank: per rank (N, H) float32, float16 or bfloat16, what the experts made of the rows; padding is not
             read.
@@ -147,12 +152,13 @@ def combine(
         weighted: multiply rows by `row_weights`; None means yes in layout "expert" and no in layout "rank", whose rows
             are added as they are.
         biases: per rank (T, H), what each sum starts from.
+        node_of_rank: node of every rank, for sums by node; None: no such level.
 
     Returns:
         Per rank (T, H) in the rows' dtype.
 
     Raises:
-        ConfigError: unknown reduce.
+        ConfigError: unknown reduce, or not one node for each rank.
         UnsupportedError: weighted=True or reduce="source" in layout "rank", or a dtype that is not summed.
 
     >>> placement = ExpertPlacement.uniform(num_experts=2, num_ranks=1)
@@ -167,6 +173,8 @@ def combine(
         raise UnsupportedError(
             'layout "rank" adds one finished row per rank', got=f"weighted={weighted}, reduce={reduce!r}"
         )
+    if node_of_rank is not None and len(node_of_rank) != len(dispatched):
+        raise ConfigError("node_of_rank needs one node per rank", got=len(node_of_rank), expected=len(dispatched))
     if dtype not in _COMBINED_DTYPES:
         raise UnsupportedError("rows of this dtype are not summed", got=dtype, expected=_COMBINED_DTYPES)
     if weighted is None:
@@ -181,8 +189,13 @@ def combine(
             total_H = torch.zeros(hidden) if biases is None else biases[source][token].detach().to(torch.float32)
             of_ranks = terms.get((source, token), {})
             if reduce == "rank":
-                for rank in sorted(of_ranks):
-                    partial_H = of_ranks[rank][0][1] if layout == "rank" else _partial_sum(of_ranks[rank], dtype)
+                partials = {
+                    rank: found[0][1] if layout == "rank" else _partial_sum(found, dtype)
+                    for rank, found in of_ranks.items()
+                }
+                if node_of_rank is not None:
+                    partials = _sums_of_nodes(partials, node_of_rank, dtype)
+                for _, partial_H in sorted(partials.items(), key=_k_of_term):
                     total_H = total_H + partial_H
             else:
                 for _, term_H in sorted((term for of_rank in of_ranks.values() for term in of_rank), key=_k_of_term):
@@ -373,6 +386,14 @@ def _partial_sum(terms: Sequence[tuple[int, Tensor]], dtype: torch.dtype) -> Ten
     for _, term_H in sorted(terms, key=_k_of_term):
         total_H = total_H + term_H
     return total_H.to(dtype).to(torch.float32)
+
+
+def _sums_of_nodes(partials: dict[int, Tensor], node_of_rank: Sequence[int], dtype: torch.dtype) -> dict[int, Tensor]:
+    # node -> sum over its ranks
+    on_node: dict[int, list[tuple[int, Tensor]]] = {}
+    for rank, partial_H in partials.items():
+        on_node.setdefault(node_of_rank[rank], []).append((rank, partial_H))
+    return {node: _partial_sum(found, dtype) for node, found in on_node.items()}
 
 
 def _k_of_term(term: tuple[int, Tensor]) -> int:

@@ -7,8 +7,9 @@ import torch
 from moecomm.errors import ConfigError, UnsupportedError
 from moecomm.group import Group
 from moecomm.topology import Topology
-from moecomm.transport.base import Support, Transport
+from moecomm.transport.base import Support, Transport, TransportOptions
 from moecomm.transport.collective import CollectiveTransport
+from moecomm.transport.hierarchical import HierarchicalTransport
 from moecomm.transport.local import LocalTransport
 from moecomm.transport.mpi import MpiTransport
 from moecomm.transport.symmetric import SymmetricTransport
@@ -16,8 +17,10 @@ from moecomm.transport.symmetric import SymmetricTransport
 # In the order in which "auto" asks them: the fewest copies first. A group is one of MPI or of torch.distributed, so
 # of the last two only one can ever work.
 TRANSPORTS: dict[str, type[Transport]] = {
-    cls.name: cls for cls in (LocalTransport, SymmetricTransport, MpiTransport, CollectiveTransport)
+    cls.name: cls
+    for cls in (LocalTransport, SymmetricTransport, HierarchicalTransport, MpiTransport, CollectiveTransport)
 }
+FLAT: tuple[type[Transport], ...] = (MpiTransport, CollectiveTransport)  # those that may move rows between nodes
 
 
 def select(
@@ -28,7 +31,7 @@ def select(
         expected = f"auto or one of {tuple(TRANSPORTS)}"
         remedy = "correct this argument, or MOECOMM_TRANSPORT"
         raise ConfigError("transport is unknown", got=repr(name), expected=expected, remedy=remedy, rank=group.rank)
-    answers = {key: cls.supports(group, topology, device) for key, cls in TRANSPORTS.items()}
+    answers = {key: _answer(cls, group, topology, device) for key, cls in TRANSPORTS.items()}
     chosen = next((key for key, answer in answers.items() if answer.ok), None) if name == "auto" else name
     if chosen is None or not answers[chosen].ok:
         wanted = "no transport works here" if chosen is None else f"transport {chosen!r} does not work here"
@@ -38,3 +41,43 @@ def select(
         remedy = 'leave transport at "auto"' if usable else "see what each transport needs"
         raise UnsupportedError(wanted, got=got, expected=f"one of {usable}", remedy=remedy, rank=group.rank)
     return TRANSPORTS[chosen], answers
+
+
+def build(cls: type[Transport], group: Group, topology: Topology, options: TransportOptions) -> Transport:
+    """Make a transport that was selected; collective."""
+    if cls is not HierarchicalTransport:
+        return cls(group, topology, options)
+    flat = next(cls for cls in FLAT if cls.supports(group, topology, options.device).ok)
+    made: list[Transport] = []
+    try:
+        # Two groups of its own: its threads must not meet each other's messages, nor those of the caller.
+        for _ in range(2):
+            twin = group.duplicate(timeout_s=options.timeout_s)
+            made.append(flat(twin, topology, options))
+        made.append(SymmetricTransport(group, topology, options))
+        return HierarchicalTransport(group, topology, options, between=made[0], control=made[1], inside=made[2])
+    except BaseException:
+        for transport in made:
+            transport.close()
+            transport.group.free()
+        raise
+
+
+def _answer(cls: type[Transport], group: Group, topology: Topology, device: torch.device) -> Support:
+    """What a transport says; the hierarchical one works if both transports that it is made of do."""
+    own = cls.supports(group, topology, device)
+    if cls is not HierarchicalTransport or not own.ok:
+        return own
+    inside = SymmetricTransport.supports(group, Topology((0,) * group.size), device)
+    between = [flat.supports(group, topology, device) for flat in FLAT]
+    if not inside.ok:
+        return Support(False, f"inside a node: {inside.reason}")
+    if not any(answer.ok for answer in between):
+        return Support(False, f"between nodes: {'; '.join(answer.reason for answer in between)}")
+    if group.mpi_comm is not None:
+        from mpi4py import MPI
+
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            return Support(False, "between nodes: MPI was not started with MPI_THREAD_MULTIPLE")
+    reason = next(answer.reason for answer in between if answer.ok)
+    return Support(True, f"{own.reason}: shared memory inside, {reason} between")

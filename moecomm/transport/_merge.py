@@ -1,0 +1,211 @@
+"""Sums on their way home: the ranks of a node hand theirs to a forwarder, which sends one row per token.
+
+Legend: W ranks, V nodes, R ranks of this node, B blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecomm.rows import empty_rows, reduce_rows
+from moecomm.transport._fill import EVERYTHING
+from moecomm.transport._nodes import BLOCK_BYTES, NodeMap, block_rows, rows_in_block
+from moecomm.transport._spread import everything, packed_lane
+from moecomm.transport.base import Exchange, Lane, Merge, Transport
+
+
+def sections(nodes: NodeMap, lane: Lane, filled: Callable[[int], None]) -> Iterator[tuple[int, slice]]:
+    """The order in which to fill a lane that merges: block by block for other nodes, then for this one.
+
+    filled: told after each block how many rows for each rank of another node are there.
+    """
+    assert lane.merge is not None
+    starts = np.cumsum(lane.send_counts) - lane.send_counts
+    step = max(1, BLOCK_BYTES // lane.row_bytes)
+    away = [int(rank) for node in nodes.away for rank in nodes.ranks_of_node[node]]
+    keys = {dst: keys_for(lane, dst) for dst in away}
+    for begin in range(0, max([int(of_dst[-1]) + 1 for of_dst in keys.values() if len(of_dst)], default=0), step):
+        for dst in away:
+            low, high = starts[dst] + np.searchsorted(keys[dst], [begin, begin + step])
+            if low < high:
+                yield dst, slice(int(low), int(high))
+        filled(begin + step)
+    filled(EVERYTHING - 1)
+    for mate in nodes.mates:
+        if lane.send_counts[mate]:
+            yield int(mate), slice(int(starts[mate]), int(starts[mate] + lane.send_counts[mate]))
+
+
+def keys_for(lane: Lane, dst: int) -> np.ndarray:
+    assert lane.merge is not None
+    stop = int(lane.send_counts[: dst + 1].sum())
+    return lane.merge.keys.numpy()[stop - int(lane.send_counts[dst]) : stop]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What the ranks of a node sum together.
+
+    served: (R,) for whom each of them forwards. counts_RW: rows that each of them has for each rank. lows_W: where mine
+    begin. first_key: key of the first sum. sums_W: sums for each rank.
+    """
+
+    served: list[np.ndarray]
+    counts_RW: np.ndarray
+    lows_W: np.ndarray
+    first_key: int
+    sums_W: np.ndarray
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """What a forwarder got from its mates.
+
+    rows: (n, row_bytes) sorted by (mate, rank served, key). tables: for each rank served (sums, R) int32 which of
+    `rows` to sum, -1 for none. exchange: what to release when the rows are no longer needed.
+    """
+
+    rows: Tensor
+    tables: dict[int, Tensor]
+    exchange: Exchange
+
+
+@final
+class Merger:
+    """Moves the lane of an exchange that merges. `staged`: this rank's rows, sorted by destination, then key."""
+
+    def __init__(
+        self, nodes: NodeMap, inside: Transport, between: Transport, tag: str, lane: Lane, staged: Tensor
+    ) -> None:
+        assert lane.merge is not None
+        self._nodes, self._inside, self._between, self._tag = nodes, inside, between, tag
+        self._lane, self._staged = lane, staged
+        self._merge: Merge = lane.merge
+        self._local = int(nodes.local_index[nodes.rank])
+
+    def header(self) -> np.ndarray:
+        """(V,) rows that come home from every node."""
+        return self._merge.recv_rows.astype(np.int32)
+
+    def run(self, home_WV: np.ndarray, await_rows: Callable[[int], None]) -> Tensor:
+        """Move everything; the output, sorted by (node, key). home_WV: headers of all ranks."""
+        nodes, mates = self._nodes, self._nodes.mates
+        home_W = home_WV[:, nodes.node].astype(np.int64)
+        away_WV = nodes.between(home_WV)
+        size = block_rows(self._lane.row_bytes, away_WV)
+        num_blocks = -(-int(away_WV.max(initial=0)) // size)
+        bounds_WB = self._bounds(num_blocks, size)
+        counts_RBW = self._gather(np.diff(bounds_WB, axis=1).T)
+        flights = []
+        for block in range(num_blocks):
+            await_rows((block + 1) * size)
+            inbox = self._collect(
+                Block(
+                    served=[nodes.served_by(int(mate)) for mate in mates],
+                    counts_RW=counts_RBW[:, block],
+                    lows_W=bounds_WB[:, block],
+                    first_key=block * size,
+                    sums_W=rows_in_block(home_W, block, size),
+                )
+            )
+            flights.append(self._send(inbox, rows_in_block(away_WV, block, size)))
+        await_rows(EVERYTHING)
+        inbox = self._collect(
+            Block(
+                served=list(mates[:, None]),
+                counts_RW=counts_RBW[:, num_blocks],
+                lows_W=bounds_WB[:, num_blocks],
+                first_key=0,
+                sums_W=home_W,
+            )
+        )
+        return self._arrange(inbox, flights, home_WV[nodes.rank], size)
+
+    def _bounds(self, num_blocks: int, size: int) -> np.ndarray:
+        """(W, B + 2) where in `staged` my rows of each block for each rank begin; the last block is for this node."""
+        starts = np.cumsum(self._lane.send_counts) - self._lane.send_counts
+        bounds_WB = np.zeros((len(starts), num_blocks + 2), np.int64)
+        for dst, start in enumerate(starts):
+            keys = keys_for(self._lane, dst)
+            if self._nodes.node_of_rank[dst] == self._nodes.node:
+                bounds_WB[dst, :-1] = start
+            else:
+                bounds_WB[dst, :-1] = start + np.searchsorted(keys, np.arange(num_blocks + 1) * size)
+            bounds_WB[dst, -1] = start + len(keys)
+        return bounds_WB
+
+    def _gather(self, counts_BW: np.ndarray) -> np.ndarray:
+        """(R, B + 1, W) how many rows every mate has for every rank in every block."""
+        counts = np.ascontiguousarray(counts_BW, np.int32)
+        return self._inside.gather_counts(self._tag, counts.ravel())[self._nodes.mates].reshape(-1, *counts.shape)
+
+    def _collect(self, block: Block) -> Inbox:
+        """Hand rows to the mates that forward them, and take those that this rank forwards."""
+        incoming = np.zeros(len(block.lows_W), np.int64)
+        for mate, served in zip(self._nodes.mates, block.served, strict=True):
+            incoming[mate] = block.counts_RW[:, served].sum()
+        exchange = self._inside.open(
+            self._tag, [everything(self._lane.row_bytes, incoming), everything(4, incoming)], agreed=True
+        )
+        for mate, served in zip(self._nodes.mates, block.served, strict=True):
+            rows, keys = exchange.target(0, int(mate)), exchange.target(1, int(mate))
+            at = int(block.counts_RW[: self._local, served].sum())
+            for rank in served:
+                low, count = int(block.lows_W[rank]), int(block.counts_RW[self._local, rank])
+                rows[at : at + count] = self._staged[low : low + count]
+                mine = self._merge.keys[low : low + count] - block.first_key
+                keys[at : at + count] = mine.view(torch.uint8).view(count, 4)
+                at += count
+        exchange.commit()
+        rows, keys = exchange.wait()
+        return Inbox(rows, self._tables(block, keys.view(torch.int32).view(-1).numpy()), exchange)
+
+    def _tables(self, block: Block, keys: np.ndarray) -> dict[int, Tensor]:
+        served = block.served[self._local]
+        tables = {int(rank): np.full((block.sums_W[rank], len(block.served)), -1, np.int32) for rank in served}
+        at = 0
+        for local in range(len(block.served)):
+            for rank, table in tables.items():
+                count = int(block.counts_RW[local, rank])
+                table[keys[at : at + count], local] = np.arange(at, at + count)
+                at += count
+        return {rank: torch.from_numpy(table) for rank, table in tables.items()}
+
+    def _send(self, inbox: Inbox, sums_WV: np.ndarray) -> Exchange:
+        """Sum what came for each rank served, and send it home."""
+        nodes = self._nodes
+        recv, send = nodes.counts_between(sums_WV)
+        exchange = self._between.open(self._tag, [packed_lane(self._lane.row_bytes, send, recv)], agreed=True)
+        for rank, table in inbox.tables.items():
+            self._sum(exchange.target(0, rank), inbox, table)
+        exchange.commit()
+        inbox.exchange.release()
+        return exchange
+
+    def _sum(self, out: Tensor, inbox: Inbox, table: Tensor) -> None:
+        if len(table):
+            reduce_rows(out.view(self._merge.dtype), inbox.rows.view(self._merge.dtype), table)
+
+    def _arrange(self, inbox: Inbox, flights: list[Exchange], home_V: np.ndarray, size: int) -> Tensor:
+        """Sum the rows of this node into the output, and put those of other nodes beside them as they come."""
+        nodes, row_bytes = self._nodes, self._lane.row_bytes
+        ends_V = np.cumsum(home_V)
+        out = empty_rows(int(ends_V[-1]), row_bytes, torch.uint8, self._staged.device)
+        of_node = [out[end - count : end] for end, count in zip(ends_V, home_V, strict=True)]
+        self._sum(of_node[nodes.node], inbox, inbox.tables[nodes.rank])
+        inbox.exchange.release()
+        order = sorted(nodes.away, key=lambda node: nodes.forwarder_WV[nodes.rank, node])  # as they arrive
+        for block, flight in enumerate(flights):
+            arrived, at = flight.wait()[0], 0
+            for node in order:
+                rows = of_node[node][block * size : (block + 1) * size]
+                rows.copy_(arrived[at : at + len(rows)])
+                at += len(rows)
+            flight.release()
+        return out
