@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -94,13 +95,17 @@ class BufferConfig:
     def differences(self, others: Sequence[BufferConfig]) -> str:
         """Which fields differ between ranks, and who has what; empty if none does. Of devices the type counts."""
         lines = []
-        for name in (f.name for f in fields(self)):
+        names = [f.name for f in fields(self)]
+        if any(other.num_experts != self.num_experts for other in others):
+            names.remove("placement")  # which follows from that
+        for name in names:
             ranks_of: dict[Any, list[int]] = {}
             for rank, other in enumerate(others):
                 value = getattr(other, name)
                 ranks_of.setdefault(value.type if name == "device" else value, []).append(rank)
             if len(ranks_of) > 1:
-                lines.append(f"{name}: " + ", ".join(f"{value} on ranks {ranks}" for value, ranks in ranks_of.items()))
+                told = [f"{textwrap.shorten(str(value), 200)} on ranks {ranks}" for value, ranks in ranks_of.items()]
+                lines.append(f"{name}: {', '.join(told)}")
         return "; ".join(lines)
 
 

@@ -10,6 +10,7 @@ received.
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,6 +114,11 @@ def handle_counts(core: Core, handle: DispatchHandle) -> Counts:
     """The counts that a handle holds."""
     rank_starts = core.tables.rank_starts
     return Counts(handle.expert_counts.numpy(), handle.pair_counts.numpy(), rank_starts, core.rank, handle.align)
+
+
+def routing_tag(handle: DispatchHandle) -> str:
+    """What all ranks must have in common in the routing of a handle: a check sum of the counts."""
+    return f"routing={zlib.crc32(handle.expert_counts.numpy().tobytes()):08x}"
 
 
 def route_of(core: Core, handle: DispatchHandle) -> Route:
@@ -275,7 +281,8 @@ def start_replay(
 ) -> Callable[[], Arrived]:
     """Send (T, ...) payloads along a planned route: no planning, no counts, no tables."""
     route = route_of(core, handle)
-    tag = dispatch_tag(payloads, topk_weights_TK, handle.layout, handle.align, route.top_k) + " replay"
+    tag = dispatch_tag(payloads, topk_weights_TK, handle.layout, handle.align, route.top_k)
+    tag += f" replay {routing_tag(handle)}"
     exchange = send(core, tag, out_parcels(core, route, payloads, topk_weights_TK, handle.topk_idx))
     core.counters["replays"] += 1
     return lambda: finish_out(core, exchange, route, payloads, topk_weights_TK is not None)
@@ -389,6 +396,7 @@ def start_combine(
         parcels.append(home_parcel(core, route, carried))
     carries = f"{'' if rows is None else 'rows'}{'' if home.carried is None else '+weights'}"
     tag = f"combine layout={handle.layout} top_k={route.top_k} weighted={home.weighted} carries={carries}"
+    tag += f" {routing_tag(handle)}"
     exchange = send(core, tag, parcels)
     core.counters["combines"] += 1
     return lambda: finish_home(core, exchange, route, home, handle)

@@ -6,6 +6,7 @@ names are abstract: they live in no file system and vanish with the process. A s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -13,6 +14,7 @@ import select
 import socket
 import struct
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -66,7 +68,12 @@ class Channel:
         self._tickets: dict[int, dict[int, int]] = {peer: {} for peer in self.peers}  # seq -> the peer's segment for it
         self._poll = select.poll()
         self._rank_of_fd: dict[int, int] = {}
-        self._connect(memory_fd, ticket)
+        try:
+            self._connect(memory_fd, ticket)
+        except BaseException:
+            self.close()
+            raise
+        _channels.add(self)
 
     # -- operations ----------------------------------------------------------------------------------------------
 
@@ -85,12 +92,12 @@ class Channel:
         self._wait(lambda peer: seq in self._tickets[peer], seq, tag)
         return {peer: self._tickets[peer].pop(seq) for peer in self.peers}
 
-    def abort(self, error: MoECommError) -> None:
-        """Tell every peer that can be told why this rank gives up."""
+    def abort(self, error: MoECommError, tag: str = "") -> None:
+        """Tell every peer that can be told why this rank gives up, and (tag) what it was doing."""
         told = {"error": type(error).__name__, "what": error.what, "peers": error.peers, "operation": error.operation}
-        for peer in self.peers:
+        for peer in self._sockets:
             try:
-                self._send_now(peer, Kind.ABORT, 0, -1, "", json.dumps(told).encode())
+                self._send_now(peer, Kind.ABORT, error.seq or 0, -1, tag, json.dumps(told).encode())
             except OSError:
                 self._lost.add(peer)
 
@@ -103,9 +110,21 @@ class Channel:
                 self._lost.add(peer)
             sock.close()
         self._sockets.clear()
+        self.close_descriptors()
+
+    def close_descriptors(self) -> None:
+        """Close those of the peers' memory: once it is mapped, nobody needs them."""
         for fd in self.descriptors.values():
             os.close(fd)
         self.descriptors.clear()
+
+    def after_fork(self) -> None:
+        """Let go of the sockets in a child process, without a word: they are its parent's, and end with it."""
+        for sock in self._sockets.values():
+            sock.close()
+        self._sockets.clear()
+        self._poll = select.poll()
+        self._lost.update(self.peers)
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
@@ -128,7 +147,8 @@ class Channel:
                         remedy="look at what those ranks do, or raise timeout_s",
                         **self._where(seq, tag),
                         peers=missing,
-                    )
+                    ),
+                    tag,
                 )
             self._pump(self.timeout_s - waited)
             for peer in missing:
@@ -137,11 +157,11 @@ class Channel:
     def _check_agreement(self, seq: int, tag: str) -> None:
         tags = [tag] * self.group.size
         for peer in self.peers:
-            for (_, its_seq), message in self._inbox[peer].items():
-                if its_seq == seq and message.tag:
+            for message in self._inbox[peer].values():
+                if message.seq == seq and message.tag:
                     tags[peer] = message.tag
         if error := DesyncError.among(tags, self.group.rank, seq):
-            self._fail(error)
+            self._fail(error, tag)
 
     def _raise_aborts(self, seq: int, tag: str) -> None:
         for peer in self.peers:
@@ -160,10 +180,13 @@ class Channel:
     def _raise_lost(self, lost: Sequence[int], seq: int, tag: str) -> NoReturn:
         left = [peer for peer in lost if (Kind.BYE, 0) in self._inbox[peer]]
         how = "closed its buffer" if len(left) == len(lost) else "is gone (its process ended or closed the connection)"
-        self._fail(PeerLostError(f"{_ranks(lost)} {how}", **self._where(seq, tag), peers=lost))
+        if not self._sockets:
+            how = "cannot be reached from a forked process"
+        remedy = "look for the first error of all ranks; build a new Buffer once all of them live"
+        self._fail(PeerLostError(f"{_ranks(lost)} {how}", remedy=remedy, **self._where(seq, tag), peers=lost), tag)
 
-    def _fail(self, error: MoECommError) -> NoReturn:
-        self.abort(error)
+    def _fail(self, error: MoECommError, tag: str) -> NoReturn:
+        self.abort(error, tag)
         raise error
 
     def _where(self, seq: int, tag: str) -> dict[str, Any]:
@@ -182,7 +205,7 @@ class Channel:
                 except BlockingIOError:
                     if time.monotonic() - start >= self.timeout_s:
                         what = f"rank {peer} does not take messages for {self.timeout_s:.1f} s"
-                        self._fail(StallError(what, **self._where(seq, tag), peers=[peer]))
+                        self._fail(StallError(what, **self._where(seq, tag), peers=[peer]), tag)
                     self._pump(0.01)
                 except OSError:
                     # What it still had to say (why it gave up, say) is read before its end of file.
@@ -219,7 +242,8 @@ class Channel:
             return True
         message = Message(Kind(kind), seq, ticket, data[_HEADER.size : body].decode(), self._partial[peer])
         self._partial[peer] = b""
-        self._inbox[peer][message.kind, seq] = message
+        # Of several reasons to give up the first one counts.
+        self._inbox[peer].setdefault((message.kind, 0 if message.kind is Kind.ABORT else seq), message)
         if message.kind is Kind.DONE:
             self._tickets[peer][seq + 1] = ticket
         return True
@@ -236,11 +260,11 @@ class Channel:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(name)
             listener.listen(self.group.size)
-            known = self.group.all_gather_object((name, key))
+            known = self.group.all_gather_object((name, key), timeout_s=self.timeout_s, operation="connect")
             deadline = time.monotonic() + self.timeout_s
             for peer in self.peers:
                 if peer < self.group.rank:
-                    self._sockets[peer] = _dial(known[peer], self.group.rank)
+                    self._sockets[peer] = self._dial(peer, known[peer], deadline)
             while len(self._sockets) < len(self.peers):
                 self._accept(listener, key, deadline)
         for sock in self._sockets.values():
@@ -248,11 +272,13 @@ class Channel:
         for peer, sock in self._sockets.items():
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             try:
-                hello, (fd,), _, _ = socket.recv_fds(sock, _HEADER.size, 1)
-            except (OSError, ValueError) as error:
-                raise StallError("no hello", rank=self.group.rank, operation="connect", peers=[peer]) from error
+                hello, fds, _, _ = socket.recv_fds(sock, _HEADER.size, 1)
+            except OSError as error:
+                raise self._connect_error(peer, error) from error
+            self.descriptors.update((peer, fd) for fd in fds)
+            if not fds:
+                raise self._connect_error(peer, ConnectionResetError())
             self._tickets[peer][0] = _HEADER.unpack(hello)[3]
-            self.descriptors[peer] = fd
             sock.setblocking(False)
             self._rank_of_fd[sock.fileno()] = peer
             self._poll.register(sock, select.POLLIN)
@@ -265,24 +291,47 @@ class Channel:
             missing = [peer for peer in self.peers if peer > self.group.rank and peer not in self._sockets]
             where = f"{_ranks(missing)} did not connect within {self.timeout_s:.1f} s"
             raise StallError(where, rank=self.group.rank, operation="connect", peers=missing) from error
-        sock.settimeout(1.0)
         uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        if uid == os.getuid():
+            sock.settimeout(1.0)
+            with contextlib.suppress(OSError, ValueError):
+                told_key, told_rank = sock.recv(256).split(b" ")
+                peer = int(told_rank)
+                if secrets.compare_digest(told_key, key.encode()) and peer in self.peers and peer not in self._sockets:
+                    self._sockets[peer] = sock
+                    return
+        sock.close()  # a stranger: refused, and the job goes on
+
+    def _dial(self, peer: int, address: tuple[str, str], deadline: float) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
         try:
-            told_key, told_rank = sock.recv(256).decode().split(" ")
-            peer = int(told_rank)
-        except (OSError, ValueError):
-            told_key, peer = "", -1
-        if uid != os.getuid() or not secrets.compare_digest(told_key, key) or peer not in self.peers:
-            sock.close()  # a stranger: refused, and the job goes on
-            return
-        self._sockets[peer] = sock
+            sock.connect(address[0])
+            sock.send(f"{address[1]} {self.group.rank}".encode())
+        except OSError as error:
+            sock.close()
+            raise self._connect_error(peer, error) from error
+        return sock
+
+    def _connect_error(self, peer: int, cause: OSError) -> MoECommError:
+        where: dict[str, Any] = {"rank": self.group.rank, "operation": "connect", "peers": [peer]}
+        if isinstance(cause, (TimeoutError, BlockingIOError)):
+            return StallError(f"rank {peer} did not answer within {self.timeout_s:.1f} s", **where)
+        return PeerLostError(f"rank {peer} is gone (its process ended or closed the connection)", **where)
 
 
-def _dial(address: tuple[str, str], rank: int) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.connect(address[0])
-    sock.send(f"{address[1]} {rank}".encode())
-    return sock
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # A forked child (a data loader's worker, say) that kept the sockets would hide the death of its parent from the
+    # peers, and would say goodbye in its name when it ends.
+    for channel in list(_channels):
+        channel.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

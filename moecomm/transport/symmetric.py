@@ -50,8 +50,13 @@ class SymmetricTransport(Transport):
         finally:
             os.close(fd)
         self._memory_of = {group.rank: memory.tensor}
-        for peer, peer_fd in self.channel.descriptors.items():
-            self._memory_of[peer] = HostMemory(peer_fd, nbytes).tensor
+        try:
+            for peer, peer_fd in self.channel.descriptors.items():
+                self._memory_of[peer] = HostMemory(peer_fd, nbytes).tensor
+        except BaseException:
+            self.channel.close()
+            raise
+        self.channel.close_descriptors()
         self.seq = 0
         self.unwaited: deque[SymmetricExchange] = deque()
         self.num_copies = 0
