@@ -222,12 +222,16 @@ class MpiTransport(Transport):
                 if done():
                     return
                 waited = time.monotonic() - start
-                self._raise_what_is_known(seq, tag, sorted(lost & set(missing() or lost)))
-                if conflict := self._conflict(seq, tag):
+                conflict = self._conflict(seq, tag)
+                if conflict or any(told["error"] == "DesyncError" for told in self.box.aborts.values()):
                     conflict_s = waited if conflict_s is None else conflict_s
-                    if self._heard(conflict.seq or seq) or waited >= min(conflict_s + _GRACE_S, self.timeout_s):
-                        self._broken = True
-                        raise conflict  # the others find out by themselves
+                    in_time = waited < min(conflict_s + _GRACE_S, self.timeout_s)
+                    if conflict and (self._heard(conflict.seq or 0) or not in_time):
+                        self._fail(conflict)
+                    if in_time:  # let this rank see for itself who does what, whatever others have told
+                        pause(waited)
+                        continue
+                self._raise_what_is_known(seq, tag, sorted(lost & set(missing() or lost)))
                 if waited >= self.timeout_s:
                     self._give_up(seq, tag, missing(), waited)
                 pause(waited)

@@ -1,0 +1,271 @@
+"""What every rank of the MPI fault tests runs: `python -m tests.faults._mpi_ranks SCENARIO FOLDER`.
+
+Each rank forks before MPI starts, and the child, in a session of its own, plays the rank: the launcher ends the
+processes it knows of as soon as one dies, and what the survivors do is to be seen here. What came of a rank is a file
+in FOLDER.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moecomm
+from moecomm.errors import MoECommError
+
+TIMEOUT_S = 2.0
+
+
+class World:
+    """One rank, and files by which ranks tell each other apart from MPI."""
+
+    def __init__(self, folder: Path) -> None:
+        from mpi4py import MPI
+
+        self.comm, self.folder = MPI.COMM_WORLD, folder
+        self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+
+    def buffer(self, timeout_s: float = TIMEOUT_S, hidden: int = 16) -> moecomm.Buffer:
+        """Two experts per rank."""
+        sizes = {"num_experts": 2 * self.size, "hidden": hidden, "top_k": 2, "max_tokens_per_rank": 64}
+        return moecomm.Buffer(self.comm, **sizes, dtype=torch.float32, transport="mpi", timeout_s=timeout_s)
+
+    def inputs(self, buffer: moecomm.Buffer, num_tokens: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows that say who sent them, to two experts each, all ranks reached."""
+        x = torch.full((num_tokens, buffer.config.hidden), float(self.rank + 1))
+        first = torch.arange(num_tokens) % buffer.config.num_experts
+        return x, torch.stack([first, (first + 3) % buffer.config.num_experts], dim=1)
+
+    def step(self, buffer: moecomm.Buffer) -> None:
+        """A dispatch and a combine, checked."""
+        x, topk_idx = self.inputs(buffer)
+        out: Any = buffer.dispatch(x, topk_idx)
+        senders = (out.x[:, 0] - 1).long()
+        assert torch.equal(out.x, (senders + 1.0)[:, None].expand_as(out.x))
+        assert torch.equal(torch.bincount(senders, minlength=self.size).sum(), torch.tensor(len(out.x)))
+        assert torch.equal(buffer.combine(out.x, out.handle), 2 * x)
+
+    def mark(self, name: str) -> None:
+        """Say that this rank has come to that point, and which process it is."""
+        part = self.folder / f".{name}.{self.rank}"
+        part.write_text(str(os.getpid()))
+        part.rename(self.folder / f"{name}.{self.rank}")
+
+    def wait_for(self, name: str, *ranks: int) -> list[int]:
+        """Wait until those ranks, or all, are there; their process ids."""
+        paths = [self.folder / f"{name}.{rank}" for rank in ranks or range(self.size)]
+        while not all(path.exists() for path in paths):
+            time.sleep(0.005)
+        return [int(path.read_text()) for path in paths]
+
+    def meet(self, name: str) -> None:
+        """Wait for all ranks."""
+        self.mark(name)
+        self.wait_for(name)
+
+
+def caught(operation: Callable[[], object]) -> tuple[str, tuple[int, ...], str, float]:
+    """Run it, which must fail: class, peers and message of the error, and the seconds it took."""
+    start = time.monotonic()
+    try:
+        operation()
+    except MoECommError as error:
+        return type(error).__name__, error.peers, str(error), time.monotonic() - start
+    raise AssertionError("nothing was raised")
+
+
+def absent(world: World) -> Any:
+    """The last rank sleeps instead of taking part; afterwards a new buffer works."""
+    buffer = world.buffer()
+    world.step(buffer)
+    last = world.size - 1
+    if world.rank == last:
+        world.wait_for("gave_up", *range(last))
+    error = caught(lambda: world.step(buffer))
+    world.mark("gave_up")
+    again = caught(lambda: world.step(buffer))
+    buffer.close()
+    world.meet("closed")
+    with world.buffer() as fresh:
+        world.step(fresh)
+    return error, again
+
+
+def absent_from_combine(world: World) -> Any:
+    """Rank 0 does not combine; the others wait for it in a call that never waits for headers."""
+    with world.buffer() as buffer:
+        x, topk_idx = world.inputs(buffer)
+        out: Any = buffer.dispatch(x, topk_idx)
+        if world.rank == 0:
+            world.wait_for("gave_up", *range(1, world.size))
+            error = caught(lambda: buffer.combine(out.x, out.handle))
+        else:
+            pending = buffer.combine_async(out.x, out.handle)
+            error = caught(pending.wait)
+            world.mark("gave_up")
+        return error
+
+
+def stopped(world: World) -> Any:
+    """Rank 1 is stopped after it has said what it sends, and before its rows have gone."""
+    buffer = world.buffer(hidden=65536)
+    world.step(buffer)
+    x, topk_idx = world.inputs(buffer)
+    if world.rank == 1:
+        from moecomm.transport import mpi
+
+        def stop(exchange: Any) -> int:
+            world.mark("stopped")
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return launch(exchange)
+
+        launch, mpi.MpiExchange.launch = mpi.MpiExchange.launch, stop  # type: ignore[method-assign]
+    error = caught(lambda: buffer.dispatch(x, topk_idx))
+    if world.rank != 1:
+        world.mark("gave_up")
+        world.wait_for("gave_up", *(rank for rank in range(world.size) if rank != 1))
+    if world.rank == 0:
+        os.kill(world.wait_for("stopped", 1)[0], signal.SIGCONT)
+    return error
+
+
+def killed(world: World) -> Any:
+    """Rank 1 dies while the others wait for it."""
+    buffer = world.buffer(timeout_s=60.0)
+    world.step(buffer)
+    if world.rank == 1:
+        world.wait_for("waiting", *(rank for rank in range(world.size) if rank != 1))
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    world.mark("waiting")
+    error = caught(lambda: world.step(buffer))
+    start = time.monotonic()
+    buffer.close()
+    return error, time.monotonic() - start
+
+
+def killed_with_rows(world: World, before: bool) -> Any:
+    """Rank 1 dies when all have agreed on what is sent: before its rows go, or while they do."""
+    from moecomm.transport import mpi
+
+    buffer = world.buffer(timeout_s=60.0, hidden=65536)
+    world.step(buffer)
+    launch = mpi.MpiExchange.launch
+
+    def die(exchange: Any) -> int:
+        launched = 0 if before else launch(exchange)
+        world.wait_for("launched", *(rank for rank in range(world.size) if rank != 1))
+        os.kill(os.getpid(), signal.SIGKILL)
+        return launched
+
+    def tell(exchange: Any) -> int:
+        launched = launch(exchange)
+        world.mark("launched")
+        return launched
+
+    mpi.MpiExchange.launch = die if world.rank == 1 else tell  # type: ignore[method-assign]
+    x, topk_idx = world.inputs(buffer)
+
+    def operations() -> None:
+        buffer.dispatch(x, topk_idx)  # what rank 1 sent before it died may have come
+        assert not before, "rows of a rank that never sent any have come"
+        world.step(buffer)
+
+    return caught(operations), 0.0
+
+
+def killed_before_rows(world: World) -> Any:
+    """Rank 1 dies and has sent nothing."""
+    return killed_with_rows(world, True)
+
+
+def killed_among_rows(world: World) -> Any:
+    """Rank 1 dies while it sends."""
+    return killed_with_rows(world, False)
+
+
+def mismatch(world: World) -> Any:
+    """Rank 1 dispatches with other arguments, then calls another operation, then uses another handle."""
+    errors = []
+    buffer = world.buffer(timeout_s=60.0)
+    x, topk_idx = world.inputs(buffer)
+    errors.append(caught(lambda: buffer.dispatch(x, topk_idx, align=1 + (world.rank == 1))))
+    buffer.close()
+    buffer = world.buffer(timeout_s=60.0)
+    out: Any = buffer.dispatch(x, topk_idx)
+    if world.rank == 1:
+        errors.append(caught(lambda: buffer.dispatch(x, topk_idx)))
+    else:
+        errors.append(caught(lambda: buffer.combine(out.x, out.handle)))
+    buffer.close()
+    buffer = world.buffer(timeout_s=60.0)
+    first: Any = buffer.dispatch(x, topk_idx)
+    second: Any = buffer.dispatch(x[:10], topk_idx[:10])
+    if world.rank == 1:
+        errors.append(caught(lambda: buffer.combine(second.x, second.handle)))
+    else:
+        errors.append(caught(lambda: buffer.combine(first.x, first.handle)))
+    buffer.close()
+    with world.buffer() as fresh:
+        world.step(fresh)
+    return errors
+
+
+def closes_early(world: World) -> Any:
+    """Rank 1 closes its buffer; the others hear of it at once, and closing waits for nobody."""
+    buffer = world.buffer(timeout_s=60.0)
+    world.step(buffer)
+    if world.rank == 1:
+        start = time.monotonic()
+        buffer.close()
+        return time.monotonic() - start
+    return caught(lambda: world.step(buffer))
+
+
+def breaks_off(world: World) -> Any:
+    """MPI itself reports an error on rank 1, in the middle of an operation."""
+    from mpi4py import MPI
+
+    buffer = world.buffer(timeout_s=60.0)
+    world.step(buffer)
+    transport: Any = buffer._core.transport
+    if world.rank == 1:
+        transport._types[buffer.config.row_bytes] = MPI.DATATYPE_NULL
+    return caught(lambda: world.step(buffer))
+
+
+def main() -> None:
+    """Play one rank; the exit status tells the launcher, the file tells the test."""
+    scenario, folder = globals()[sys.argv[1]], Path(sys.argv[2])
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        os._exit(0)
+    os.setsid()
+    faulthandler.dump_traceback_later(100, exit=True)
+    torch.set_num_threads(1)
+    world = World(folder)
+    try:
+        outcome = scenario(world)
+    except BaseException as error:
+        faulthandler.dump_traceback()
+        outcome = error
+    part = folder / f".outcome.{world.rank}"
+    part.write_bytes(pickle.dumps(outcome))
+    part.rename(folder / f"outcome.{world.rank}")
+    if len(sys.argv) > 3:  # end as a program does; MPI waits for all ranks in it
+        sys.exit(0)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

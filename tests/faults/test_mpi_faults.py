@@ -1,0 +1,88 @@
+"""Transport `mpi`: ranks that do not come, stop, die, disagree, close early, and what MPI reports."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecomm.testing.mpi import mpi_missing, run_mpi
+
+pytestmark = [pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing()), pytest.mark.timeout(180)]
+
+
+def outcomes(scenario: str, size: int, folder: Path, *options: str, dead: int | None = None) -> dict[int, Any]:
+    """Run a scenario on ranks that their launcher cannot end; what came of each."""
+    done = run_mpi(["-m", "tests.faults._mpi_ranks", scenario, str(folder)], size, timeout_s=120, options=options)
+    said = {rank: folder / f"outcome.{rank}" for rank in range(size) if rank != dead}
+    missing = [rank for rank, path in said.items() if not path.exists()]
+    assert not missing, f"ranks {missing} said nothing (mpiexec: {done.returncode})\n{done.stdout[-6000:]}"
+    results = {rank: pickle.loads(path.read_bytes()) for rank, path in said.items()}
+    raised = {rank: result for rank, result in results.items() if isinstance(result, BaseException)}
+    assert not raised, f"{raised}\n{done.stdout[-6000:]}"
+    return results
+
+
+def test_absent_rank_is_named_and_a_new_buffer_works(tmp_path: Path) -> None:
+    results = outcomes("absent", 3, tmp_path)
+    for rank, ((kind, peers, message, took_s), again) in results.items():
+        assert (kind, peers) == ("StallError", (2,)), message
+        assert message.startswith(f"rank {rank}: dispatch #2: "), message
+        assert took_s < (1.0 if rank == 2 else 6.0), message
+        assert again[0] == "StallError" and "failed earlier" in again[2]
+    assert "waiting for rank 2" in results[0][0][2] or "because of rank 2" in results[0][0][2]
+    assert "because of this rank" in results[2][0][2]
+
+
+def test_rank_absent_from_combine_is_named(tmp_path: Path) -> None:
+    for rank, (kind, peers, message, _) in outcomes("absent_from_combine", 3, tmp_path).items():
+        assert (kind, peers) == ("StallError", (0,)), message
+        assert message.startswith(f"rank {rank}: combine #1: "), message
+
+
+def test_stopped_rank_is_named(tmp_path: Path) -> None:
+    for rank, (kind, peers, message, _) in outcomes("stopped", 3, tmp_path).items():
+        assert (kind, peers) == ("StallError", (1,)), message
+        assert message.startswith(f"rank {rank}: dispatch #2: "), message
+
+
+@pytest.mark.parametrize("scenario", ["killed", "killed_before_rows", "killed_among_rows"])
+def test_killed_rank_is_named_at_once(tmp_path: Path, scenario: str) -> None:
+    results = outcomes(scenario, 3, tmp_path, dead=1)
+    for rank, ((kind, peers, message, took_s), closing_s) in results.items():
+        assert (kind, peers) == ("PeerLostError", (1,)), message
+        assert message.startswith((f"rank {rank}: dispatch #2: ", f"rank {rank}: dispatch #3: ")), message
+        assert took_s < 30.0, "long before the deadline of 60 s"
+        assert closing_s < 1.0
+
+
+def test_ranks_that_disagree_are_named_and_a_new_buffer_works(tmp_path: Path) -> None:
+    for rank, errors in outcomes("mismatch", 3, tmp_path).items():
+        others = (0, 2) if rank == 1 else (1,)
+        assert [(kind, peers) for kind, peers, _, _ in errors] == [("DesyncError", others)] * 3, errors
+        assert max(took_s for *_, took_s in errors) < 30.0, "long before the deadline of 60 s"
+        assert "align=2" in errors[0][2] and "align=1" in errors[0][2]
+        assert "rank 1 called dispatch" in errors[1][2] or "rank 0 called combine" in errors[1][2]
+        assert "the ranks do not use handles of the same dispatch" in errors[2][2]
+
+
+def test_rank_that_closes_early_is_named_at_once(tmp_path: Path) -> None:
+    results = outcomes("closes_early", 3, tmp_path)
+    assert results.pop(1) < 1.0, "close waits for nobody"
+    for kind, peers, message, took_s in results.values():
+        assert (kind, peers) == ("PeerLostError", (1,)), message
+        assert "closed its buffer" in message
+        assert took_s < 30.0, "long before the deadline of 60 s"
+
+
+def test_error_of_mpi_is_ours_and_reaches_the_others(tmp_path: Path) -> None:
+    results = outcomes("breaks_off", 3, tmp_path)
+    kind, _, message, _ = results.pop(1)
+    assert kind == "PeerLostError"
+    assert message.startswith("rank 1: dispatch #2: MPI reports an error: got "), message
+    for kind, _, message, took_s in results.values():
+        assert kind == "PeerLostError"
+        assert "rank 1 gave up in dispatch: MPI reports an error" in message
+        assert took_s < 30.0, "long before the deadline of 60 s"
