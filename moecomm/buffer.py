@@ -65,13 +65,14 @@ class Buffer:
         top_k: K, experts per token.
         max_tokens_per_rank: M, most tokens that a rank dispatches at once.
         dtype: dtype of the rows; combine needs float32, float16 or bfloat16.
-        transport: "auto", or one of "local", "symmetric", "collective".
+        transport: "auto", or one of "local", "symmetric", "hierarchical", "mpi", "collective".
         placement: ExpertPlacement or list of expert ids per rank; None: contiguous blocks.
         reduce: "rank" sums the rows of a token on each expert rank, then over ranks; "source" sums all of them at the
             source, which makes results independent of the number of ranks and of the placement, bit for bit.
         timeout_s: deadline of every wait in seconds; None: MOECOMM_TIMEOUT_S, or 60.
         num_segments: receive areas on transport "symmetric"; arrived rows are kept without a copy in all but two.
         device: where the rows live; None: the current accelerator, or the CPU.
+        topology: which ranks share a node; None: detected.
 
     Raises:
         ConfigError: an argument is wrong, or ranks were given different ones (which field, which ranks).
@@ -102,6 +103,7 @@ class Buffer:
         timeout_s: float | None = None,
         num_segments: int = 8,
         device: torch.device | str | None = None,
+        topology: Topology | None = None,
     ) -> None:
         self._group = Group.resolve(group)
         self._id = next(_ids)
@@ -119,10 +121,11 @@ class Buffer:
             timeout_s=timeout_s,
             num_segments=num_segments,
             device=device,
+            topology=topology,
         )
         self.config, buffer_ids = self._agree(given)
-        topology = Topology.detect(self._group, timeout_s=self.config.timeout_s)
-        chosen, self._answers = select(self.config.transport, self._group, topology, self.config.device)
+        self._topology = Topology.detect(self._group, given=topology, timeout_s=self.config.timeout_s)
+        chosen, self._answers = select(self.config.transport, self._group, self._topology, self.config.device)
         memory = _memory_plan(self.config, self._group.size)
         options = TransportOptions(
             device=self.config.device,
@@ -132,7 +135,7 @@ class Buffer:
             buffer_id=buffer_ids[0],
         )
         self._core = Core(
-            transport=build(chosen, self._group, topology, options),
+            transport=build(chosen, self._group, self._topology, options),
             tables=PlacementTables(self.config.placement, self.config.device),
             reduce=reduce,
             dtype=dtype,
@@ -298,6 +301,11 @@ class Buffer:
         return self._group
 
     @property
+    def topology(self) -> Topology:
+        """Which ranks share a node."""
+        return self._topology
+
+    @property
     def transport(self) -> str:
         """Name of the transport in use."""
         return self._core.transport.name
@@ -340,15 +348,16 @@ class Buffer:
         return _memory_plan(config, num_ranks)
 
     def explain(self) -> str:
-        """Say which transport was chosen, and what each of them answered.
+        """Say which transport was chosen, what each of them answered, and which ranks share a node.
 
         >>> print(Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).explain())
         transport local: the group has one rank
           not symmetric: ...
           not collective: ...
+        ranks by node: [0]
         rows on cpu: ...
         """
-        return _explain(self.transport, self.config, self._answers)
+        return _explain(self.transport, self.config, self._answers, self._topology)
 
     def stats(self) -> dict[str, float]:
         """Counters since construction: operations, rows and bytes sent, leases and copies, seconds per phase.
@@ -393,10 +402,11 @@ def _memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
     return MemoryPlan(segment, config.num_segments, segment * config.num_segments, uniform)
 
 
-def _explain(chosen: str, config: BufferConfig, answers: dict[str, Support]) -> str:
+def _explain(chosen: str, config: BufferConfig, answers: dict[str, Support], topology: Topology) -> str:
     lines = [f"transport {chosen}: {answers[chosen].reason}"]
     for name, answer in answers.items():
         if name != chosen:
             lines.append(f"  not {name}: {'would work; comes later in the order' if answer.ok else answer.reason}")
+    nodes = " ".join(str(list(topology.ranks_of_node(node))) for node in range(topology.num_nodes))
     how = rows_backend() if config.device.type == "cpu" else "torch"
-    return "\n".join([*lines, f"rows on {config.device}: {how}"])
+    return "\n".join([*lines, f"ranks by node: {nodes}", f"rows on {config.device}: {how}"])

@@ -15,6 +15,7 @@ from moecomm import _env
 from moecomm.errors import CapacityError, ConfigError, MoECommError, RoutingError, StaleHandleError, UnsupportedError
 from moecomm.handle import DispatchHandle
 from moecomm.placement import ExpertPlacement
+from moecomm.topology import Topology
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -49,6 +50,7 @@ class BufferConfig:
     timeout_s: float
     num_segments: int
     device: torch.device
+    topology: Topology | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden", "top_k", "max_tokens_per_rank", "num_segments"):
@@ -68,6 +70,13 @@ class BufferConfig:
         if self.placement.num_experts != self.num_experts:
             what = "placement holds another number of experts"
             raise self._refusal(what, self.placement.num_experts, f"num_experts={self.num_experts}")
+        if self.topology is not None:
+            num_ranks = self.placement.num_ranks
+            if not isinstance(self.topology, Topology):
+                raise self._refusal("topology is no Topology", repr(self.topology), "a moecomm.Topology, or None")
+            if self.topology.num_ranks != num_ranks:
+                what = "topology is for another number of ranks"
+                raise self._refusal(what, f"{self.topology.num_ranks} ranks", f"{num_ranks}, those of the group")
 
     @classmethod
     def of(

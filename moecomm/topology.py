@@ -77,7 +77,7 @@ class Topology:
         return cls(tuple(rank // ranks_per_node for rank in range(num_ranks)))
 
     @classmethod
-    def detect(cls, group: Group, *, timeout_s: float | None = None) -> Topology:
+    def detect(cls, group: Group, *, given: Topology | None = None, timeout_s: float | None = None) -> Topology:
         """Find out which ranks of the group share memory; collective, and equal on all ranks.
 
         `MOECOMM_RANKS_PER_NODE` splits what was found into nodes of so many consecutive ranks, so that one machine can
@@ -85,16 +85,21 @@ class Topology:
 
         Args:
             group: the ranks.
+            given: use these nodes, the same on all ranks, once it is clear that the ranks of each share memory; the
+                environment variable is then not looked at.
             timeout_s: deadline in seconds, or None for the default.
 
         Raises:
-            ConfigError: `MOECOMM_RANKS_PER_NODE` differs between ranks, or joins ranks that share no memory.
+            ConfigError: `MOECOMM_RANKS_PER_NODE` differs between ranks, or it or `given` joins ranks that share no
+                memory.
             StallError, PeerLostError: as `Group.all_gather_object`.
         """
         replies = group.all_gather_object(
             (_env.ranks_per_node(), memory_key()), timeout_s=timeout_s, operation="Topology.detect"
         )
         found = cls.explicit([key for _, key in replies])
+        if given is not None:
+            return given._within(found, f"topology={given.node_of_rank}", group.rank)
         wanted = [ranks_per_node for ranks_per_node, _ in replies]
         others = [rank for rank, value in enumerate(wanted) if value != wanted[group.rank]]
         if others:
@@ -109,17 +114,23 @@ class Topology:
         if wanted[0] is None:
             return found
         pretended = cls.from_ranks_per_node(group.size, wanted[0])
-        for rank in range(1, group.size):
-            if pretended.same_node(rank - 1, rank) and not found.same_node(rank - 1, rank):
-                raise ConfigError(
-                    "MOECOMM_RANKS_PER_NODE puts ranks on one node that cannot share memory",
-                    got=f"{wanted[0]}, but ranks {rank - 1} and {rank} differ in machine, network or user",
-                    expected="ranks of one node only",
-                    remedy="lower it, or unset it to use the nodes that were found",
-                    rank=group.rank,
-                    peers=[rank - 1, rank],
-                )
-        return pretended
+        return pretended._within(found, f"MOECOMM_RANKS_PER_NODE={wanted[0]}", group.rank)
+
+    def _within(self, found: Topology, source: str, rank: int) -> Topology:
+        """Return this topology, unless it joins ranks that were not found on one node."""
+        for node in range(self.num_nodes):
+            first, *rest = self.ranks_of_node(node)
+            for other in rest:
+                if not found.same_node(first, other):
+                    raise ConfigError(
+                        f"{source.split('=')[0]} puts ranks on one node that cannot share memory",
+                        got=f"{source}, but ranks {first} and {other} differ in machine, network or user",
+                        expected="ranks of one node only",
+                        remedy="give smaller nodes, or none to use those that were found",
+                        rank=rank,
+                        peers=[first, other],
+                    )
+        return self
 
     @property
     def num_ranks(self) -> int:
