@@ -1,4 +1,4 @@
-"""The test kit is tested too: a check that cannot fail is worse than none."""
+"""The test kit is tested too: a check that cannot fail is worse than none. The launcher has a file of its own."""
 
 from __future__ import annotations
 
@@ -6,25 +6,16 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import textwrap
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from moecomm import testing
-from moecomm.errors import StallError
 from moecomm.testing import (
     CASES,
     Case,
-    RankFailure,
-    RankPool,
     RowOrigin,
     assert_bitwise,
     assert_error_bounded,
@@ -32,226 +23,9 @@ from moecomm.testing import (
     no_leaks,
     provenance_rows,
     random_case,
-    run_ranks,
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int64]
-
-
-# -- functions that run on the ranks -----------------------------------------------------------------------------
-
-
-def sum_of_ranks(rank: int, start: int) -> tuple[float, int, str]:
-    total = torch.tensor([float(start + rank)])
-    dist.all_reduce(total)
-    return total.item(), torch.get_num_threads(), os.environ.get("FLAVOUR", "")
-
-
-def fail_on(rank: int, bad: int) -> str:
-    print(f"rank {rank} says hello")
-    if rank == bad:
-        raise StallError("out of patience", rank=rank, peers=[7])
-    return "fine"
-
-
-def fail_before_collective(rank: int, bad: int) -> None:
-    if rank == bad:
-        raise ValueError("before the collective")
-    dist.all_reduce(torch.ones(1))
-
-
-def hang_on(rank: int, bad: int) -> int:
-    while rank == bad:
-        time.sleep(0.1)
-    return rank
-
-
-def die_on(rank: int, bad: int, code: int) -> int:
-    if rank == bad:
-        if code < 0:
-            os.kill(os.getpid(), -code)
-        os._exit(code)
-    return rank
-
-
-def die_at_exit(rank: int) -> None:
-    import atexit
-
-    atexit.register(os._exit, 3)
-
-
-def start_a_sleeper(rank: int, folder: str) -> int:
-    sleeper = subprocess.Popen(["sleep", "300"])
-    Path(folder, str(rank)).write_text(f"{os.getpid()} {sleeper.pid}")
-    return sleeper.pid
-
-
-def start_a_sleeper_and_hang(rank: int, folder: str) -> None:
-    start_a_sleeper(rank, folder)
-    time.sleep(300)
-
-
-def return_a_lock(rank: int) -> Any:
-    return threading.Lock()
-
-
-# -- launcher ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2, timeout_s=20.0, env={"FLAVOUR": "plum"}) as ranks:
-        yield ranks
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def gone_within(pids: list[int], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(map(is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(map(is_alive, pids))
-
-
-def test_ranks_form_a_group_and_return_in_order() -> None:
-    with no_leaks():
-        assert run_ranks(sum_of_ranks, 2, 10, env={"FLAVOUR": "pear"}) == [(21.0, 1, "pear")] * 2
-
-
-def test_pool_runs_many_functions(pool: RankPool) -> None:
-    assert [pool.run(sum_of_ranks, start)[1] for start in range(5)] == [(2.0 * s + 1, 1, "plum") for s in range(5)]
-
-
-def test_failure_names_rank_and_shows_traceback_and_logs(pool: RankPool) -> None:
-    with pytest.raises(RankFailure, match=r"fail_on failed on ranks \[1\] of 2") as caught:
-        pool.run(fail_on, 1)
-    message = str(caught.value)
-    assert "out of patience" in message and "in fail_on" in message
-    assert "rank 0: returned" in message and "rank 0 says hello" in message and "rank 1 says hello" in message
-    assert isinstance(caught.value.errors[1], StallError) and caught.value.errors[1].peers == (7,)
-    assert caught.value.timed_out == ()
-
-
-def test_log_of_an_earlier_run_is_not_shown_again(pool: RankPool) -> None:
-    pool.run(fail_on, -1)
-    with pytest.raises(RankFailure) as caught:
-        pool.run(return_a_lock)
-    assert "says hello" not in str(caught.value)
-    assert "cannot pickle" in str(caught.value)
-
-
-def test_pool_works_after_a_failure(pool: RankPool) -> None:
-    pids = [rank.process.pid for rank in pool._ranks]
-    for bad in (0, 1):
-        with pytest.raises(RankFailure):
-            pool.run(fail_on, bad)
-        assert pool.run(sum_of_ranks, 0)[0][0] == 1.0
-    assert [rank.process.pid for rank in pool._ranks] == pids, "a plain exception must not cost a new start"
-
-
-def test_pool_works_after_a_rank_was_left_alone_in_a_collective(pool: RankPool) -> None:
-    with pytest.raises(RankFailure, match="before the collective"):
-        pool.run(fail_before_collective, 0)
-    assert pool.run(sum_of_ranks, 0)[0][0] == 1.0
-
-
-def test_pool_works_after_a_hang_and_shows_where(pool: RankPool) -> None:
-    with pytest.raises(RankFailure, match=r"rank 1: did not return within 0.5 s") as caught:
-        pool.run(hang_on, 1, timeout_s=0.5)
-    assert caught.value.timed_out == (1,)
-    assert "in hang_on" in str(caught.value), "the stacks of the hanging rank are missing"
-    assert pool.run(sum_of_ranks, 0)[0][0] == 1.0
-
-
-def test_pool_works_after_a_death(pool: RankPool) -> None:
-    with pytest.raises(RankFailure, match=r"rank 0: ended with exit code -9 without an answer"):
-        pool.run(die_on, 0, -9)
-    assert pool.run(sum_of_ranks, 0)[0][0] == 1.0
-
-
-def test_a_killed_rank_can_be_expected() -> None:
-    with no_leaks():
-        assert run_ranks(die_on, 2, 1, -9, backend=None, expect_exit={1: -9}) == [0, None]
-
-
-@pytest.mark.parametrize(
-    ("expected", "message"), [({1: -9}, "exit code 7, expected -9"), ({0: -9}, "returned, expected exit code -9")]
-)
-def test_another_exit_than_the_expected_one_fails(expected: dict[int, int], message: str) -> None:
-    with pytest.raises(RankFailure, match=message):
-        run_ranks(die_on, 2, 1, 7, backend=None, expect_exit=expected)
-
-
-def test_a_bad_exit_after_the_return_fails() -> None:
-    with pytest.raises(RankFailure, match="exit code 3, expected 0"):
-        run_ranks(die_at_exit, 1, backend=None)
-
-
-def test_what_ranks_started_ends_with_them(tmp_path: Path) -> None:
-    with no_leaks():
-        pids = run_ranks(start_a_sleeper, 2, str(tmp_path), backend=None)
-    assert gone_within(pids, 2.0)
-
-
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_outlives_the_launcher(stop: signal.Signals, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent("""
-        import sys
-        sys.path.insert(0, sys.argv[1])
-        from moecomm.testing import run_ranks
-        from tests.unit.test_testing import start_a_sleeper_and_hang
-        if __name__ == "__main__":
-            run_ranks(start_a_sleeper_and_hang, 2, sys.argv[2], backend=None)
-        """)
-    )
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    root = str(Path(__file__).resolve().parents[2])
-    with no_leaks():
-        launcher = subprocess.Popen([sys.executable, str(script), root, str(notes)], stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while sum(bool(note.read_text()) for note in notes.iterdir()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        pids = [int(pid) for note in notes.iterdir() for pid in note.read_text().split()]
-        launcher.send_signal(stop)
-        launcher.communicate(timeout=20)
-        assert len(pids) == 4
-        assert gone_within(pids, 5.0), "a rank or what it started outlived its launcher"
-
-
-def test_functions_of_a_script_run(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent("""
-        from dataclasses import dataclass
-        from moecomm.testing import run_ranks
-        @dataclass
-        class Note:
-            text: str
-        def double(rank, note):
-            return note.text * rank
-        if __name__ == "__main__":
-            print(run_ranks(double, 2, Note("ab"), backend=None))
-        """)
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
-    assert done.stdout.strip() == "['', 'ab']", done.stderr
-
-
-def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(TypeError, match="top level of a module"):
-        run_ranks(lambda rank: rank, 1)
-    with pytest.raises(ValueError, match="got 0; expected at least 1"):
-        RankPool(0)
-    with pytest.raises(ValueError, match=r"expect_exit names ranks \[2\]"):
-        run_ranks(hang_on, 2, -1, expect_exit={2: -9})
 
 
 # -- leaks -------------------------------------------------------------------------------------------------------
