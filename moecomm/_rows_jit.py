@@ -61,6 +61,40 @@ def copy_kernel(src_index_bits: int, out_index_bits: int, streaming: bool) -> Ke
     return _finish(fn, b, streaming)
 
 
+@cache
+def sort_kernel(src_index_bits: int, out_index_bits: int) -> Kernel:
+    """Compile a stable counting sort of the entries of `copy_kernel` by source row; those < 0 fall out.
+
+    Arguments: count, num_out, num_src, src_index, out_index, starts (num_src + 1 zeros, int32), sorted_src, sorted_out
+    (count int32 each).
+    """
+    fn, b, args = _function("sort", 8)
+    count, num_out, num_src, src_index, out_index, starts, sorted_src, sorted_out = args
+
+    def add(address: ir.Value, value: ir.Value) -> ir.Value:
+        before = _load(b, address, I32)
+        _store(b, b.add(before, value), address)
+        return b.sext(before, I64)
+
+    for place in (False, True):
+        with _loop(b, _i64(0), count, 1) as at:
+            source, target = _index(b, src_index, at.i, src_index_bits), _index(b, out_index, at.i, out_index_bits)
+            with b.if_then(b.icmp_signed(">=", b.or_(source, target), _i64(0))):  # the sign bit of either
+                if place:
+                    slot = add(_row(b, starts, source, _i64(4)), ir.Constant(I32, 1))
+                    _store(b, b.trunc(source, I32), _row(b, sorted_src, slot, _i64(4)))
+                    _store(b, b.trunc(target, I32), _row(b, sorted_out, slot, _i64(4)))
+                else:
+                    wrong = b.or_(b.icmp_signed(">=", source, num_src), b.icmp_signed(">=", target, num_out))
+                    _refuse(b, wrong, at.i)
+                    add(_row(b, starts, b.add(source, _i64(1)), _i64(4)), ir.Constant(I32, 1))
+        if not place:
+            with _loop(b, _i64(0), num_src, 1) as row:
+                here = _row(b, starts, row.i, _i64(4))
+                add(b.add(here, _i64(4)), _load(b, here, I32))
+    return _finish(fn, b, False)
+
+
 def _copy_row(
     b: ir.IRBuilder, out: ir.Value, src: ir.Value, upcoming: ir.Value, row_bytes: ir.Value, streaming: bool
 ) -> None:
