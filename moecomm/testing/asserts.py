@@ -88,8 +88,9 @@ def assert_error_bounded(
 
     Both the largest and the mean absolute error against `exact` must be at most `factor` times those of `baseline`. A
     baseline can be exact by luck, so each of its errors counts as at least what a single rounding costs: half the
-    spacing of `actual`'s dtype, times the largest (for the mean: the mean) `magnitude`. Where `exact` is not finite,
-    `actual` must be the same.
+    spacing of `actual`'s dtype, times the largest (for the mean: the mean) magnitude in `exact`. With `magnitude` every
+    error is taken relative to that of its own element, so that no element is hidden behind a larger one, and where
+    terms cancel a rounding costs what it costs them. Where `exact` is not finite, `actual` must be the same.
 
     Args:
         actual: floating, what the library gave.
@@ -97,8 +98,7 @@ def assert_error_bounded(
         exact: float64, the same sum in double precision.
         what: the thing compared, first words of the message.
         factor: how many times the baseline's error is allowed.
-        magnitude: float64, for each element the sum of the magnitudes of its terms; None: that of `exact`, which is
-            less where terms cancel.
+        magnitude: float64, for each element the sum of the magnitudes of its terms; None: compare absolute errors.
 
     Raises:
         AssertionError: a shape differs or an error is too large; the message has the error, its bound and the worst
@@ -125,19 +125,24 @@ def assert_error_bounded(
         raise AssertionError(f"{what}: at {wrong.index}: expected {wrong.expected}, got {wrong.got}")
     if not bool(finite.any()):
         return
-    rounded = (exact if magnitude is None else magnitude.detach().cpu()).abs()[finite]
     errors = (actual.double() - exact).abs()[finite].nan_to_num(nan=float("inf"))
     baseline_errors = (baseline.double() - exact).abs()[finite]
     if not bool(baseline_errors.isfinite().all()):
         raise AssertionError(f"{what}: the baseline is not finite where the exact result is, so it bounds nothing")
+    rounded = exact.abs()[finite]
+    if magnitude is not None:
+        # Below the smallest normal number the spacing no longer shrinks.
+        scale = magnitude.detach().cpu()[finite].clamp(min=torch.finfo(actual.dtype).tiny)
+        errors, baseline_errors, rounded = errors / scale, baseline_errors / scale, torch.ones_like(scale)
     half_spacing = torch.finfo(actual.dtype).eps / 2
+    kind = "error" if magnitude is None else "relative error"
     for name, reduce in (("max", Tensor.max), ("mean", Tensor.mean)):
         error, floor = float(reduce(errors)), half_spacing * float(reduce(rounded))
         bound = factor * max(float(reduce(baseline_errors)), floor)
         if not error <= bound:
             worst = tuple(finite.nonzero()[int(errors.argmax())].tolist())
             raise AssertionError(
-                f"{what}: {name} error {error:.2g} at {worst} exceeds {bound:.2g} ({factor} x the baseline's): "
+                f"{what}: {name} {kind} {error:.2g} at {worst} exceeds {bound:.2g} ({factor} x the baseline's): "
                 f"got {_value(actual[worst])}, exact {_value(exact[worst])}"
             )
 

@@ -179,15 +179,21 @@ def test_error_bound() -> None:
         assert_error_bounded(baseline, baseline / 0, exact, "void")
 
 
-def test_error_bound_where_terms_cancel() -> None:
-    exact = torch.tensor([0.25], dtype=torch.float64)  # of (1000 + 0.25) - 1000, say
-    magnitude = torch.tensor([2000.25], dtype=torch.float64)
-    actual = torch.tensor([0.25 + 1e-4])
-    assert_error_bounded(actual, exact.float(), exact, "sum", magnitude=magnitude)
-    with pytest.raises(AssertionError, match=r"sum: max error 0\.0001"):
-        assert_error_bounded(actual, exact.float(), exact, "sum")
-    with pytest.raises(AssertionError, match=r"sum: max error 0\.001"):
-        assert_error_bounded(exact.float() + 1e-3, exact.float(), exact, "sum", magnitude=magnitude)
+def test_error_bound_relative_to_what_is_summed() -> None:
+    exact = torch.tensor([0.25, 1e6, 0.0], dtype=torch.float64)  # the first of (1000 + 0.25) - 1000, say
+    magnitude = torch.tensor([2000.25, 1e6, 0.0], dtype=torch.float64)
+    actual = exact + torch.tensor([1e-4, 0.0, 0.0])
+    assert_error_bounded(actual.float(), exact.float(), exact, "sum", magnitude=magnitude)
+    with pytest.raises(AssertionError, match=r"sum: max error 0\.0001 at \(0,\)"):
+        assert_error_bounded(actual[:1].float(), exact[:1].float(), exact[:1], "sum")
+    wrong = exact + torch.tensor([1e-3, 0.0, 0.0])
+    assert_error_bounded(wrong.float(), exact.float(), exact, "hidden behind the second element")
+    with pytest.raises(AssertionError, match=r"sum: max relative error 5e-07 at \(0,\)"):
+        assert_error_bounded(wrong.float(), exact.float(), exact, "sum", magnitude=magnitude)
+    with pytest.raises(AssertionError, match=r"sum: max relative error .* at \(2,\)"):
+        assert_error_bounded(
+            exact.float() + torch.tensor([0, 0, 1e-9]), exact.float(), exact, "sum", magnitude=magnitude
+        )
 
 
 def test_error_bound_and_what_is_not_finite() -> None:
