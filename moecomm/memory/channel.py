@@ -95,6 +95,7 @@ class Channel:
     def abort(self, error: MoECommError, tag: str = "") -> None:
         """Tell every peer that can be told why this rank gives up, and (tag) what it was doing."""
         told = {"error": type(error).__name__, "what": error.what, "peers": error.peers, "operation": error.operation}
+        told["remedy"] = error.remedy
         for peer in self._sockets:
             try:
                 self._send_now(peer, Kind.ABORT, error.seq or 0, -1, tag, json.dumps(told).encode())
@@ -173,6 +174,7 @@ class Channel:
             who = "this rank" if self.group.rank in told["peers"] else _ranks(told["peers"])
             raise kind(
                 f"rank {peer} gave up in {told['operation']} because of {who}: {told['what']}",
+                remedy=told["remedy"],
                 **self._where(seq, tag),
                 peers=told["peers"],
             )

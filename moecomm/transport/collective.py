@@ -16,11 +16,12 @@ from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
 from moecomm.group import Group
 from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
+from moecomm.transport._bulletin import Bulletin, Verdict
 from moecomm.transport.base import TAG_BYTES, Exchange, Lane, Support, Transport, TransportOptions
 
 _HEAD_COUNTS = 256  # counts that travel with the tag; more follow once the ranks are known to agree
-_SLICE_S = 0.5  # how often a waiting rank looks whether another one gave up
-_ROLL_CALL_S = 1.0  # what the others get to say that they are there, once somebody gave up
+_SLICE_S = 0.5  # how often a waiting rank looks whether another one gave up or left
+_ROLL_CALL_S = 2.0  # what the others get to say that they are there, once somebody gave up
 
 
 @final
@@ -33,8 +34,9 @@ class CollectiveTransport(Transport):
         assert group.process_group is not None
         self.group, self.device, self.timeout_s = group, options.device, options.timeout_s
         self.process_group: dist.ProcessGroup = group.process_group
-        self._store = dist.PrefixStore(f"moecomm/collective/{options.buffer_id}", self.process_group.get_group_store())
-        self._seq = 0
+        store = dist.PrefixStore(f"moecomm/collective/{options.buffer_id}", self.process_group.get_group_store())
+        self._bulletin = Bulletin(store, group.rank, group.size)
+        self._seq = 0  # of the next operation
 
     @classmethod
     def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
@@ -66,57 +68,66 @@ class CollectiveTransport(Transport):
         mine = torch.from_numpy(blob).to(self.device)
         blobs = mine.new_empty(self.group.size, len(mine))
         # A list of views, not one tensor: that is the form every backend has.
-        self.finish(dist.all_gather(list(blobs), mine, group=self.process_group, async_op=True), tag)
+        self.finish(dist.all_gather(list(blobs), mine, group=self.process_group, async_op=True), tag, self._seq)
         return blobs.cpu().numpy()
 
     def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
         if not agreed:
             self.gather_counts(tag, np.empty(0, np.int32))
         self._seq += 1
-        return CollectiveExchange(self, tag, lanes)
+        return CollectiveExchange(self, tag, self._seq - 1, lanes)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._bulletin.leave(self._seq)
 
-    def finish(self, work: dist.Work, tag: str) -> None:
-        """Wait for a collective until the deadline, or until another rank gave up."""
+    def abort(self, error: MoECommError) -> None:
+        self._bulletin.publish(Verdict.of(error, self.group.rank))
+
+    def finish(self, work: dist.Work, tag: str, seq: int) -> None:
+        """Wait for a collective of operation `seq` until the deadline, or until another rank gave up or left."""
         start = time.monotonic()
         while True:
-            left = self.timeout_s - (time.monotonic() - start)
+            left_s = self.timeout_s - (time.monotonic() - start)
             try:
-                work.wait(timedelta(seconds=max(0.001, min(_SLICE_S, left))))
+                work.wait(timedelta(seconds=max(0.001, min(_SLICE_S, left_s))))
                 return
             except RuntimeError as error:
-                failed = work.is_completed() or "timed out" not in str(error).lower()
-                if failed or left <= _SLICE_S or self._store.check(["gave_up"]):
-                    stalled = not failed
-                    self._give_up(tag, stalled, time.monotonic() - start, error)
+                timed_out = "timed out" in str(error).lower()
+                over = not timed_out or work.is_completed() or left_s <= _SLICE_S
+                if over or self._bulletin.has_trouble() or self._bulletin.left_before(seq):
+                    self._give_up(error, timed_out, time.monotonic() - start, tag.split(" ")[0], seq)
 
-    def _give_up(self, tag: str, stalled: bool, waited_s: float, cause: RuntimeError) -> NoReturn:
-        """Call the roll: the backend does not say who is missing, the store does."""
-        operation = tag.split(" ")[0]
-        where: dict[str, Any] = {"rank": self.group.rank, "operation": operation, "seq": self._seq}
-        missing: Sequence[int] = ()
-        try:
-            self._store.set("gave_up", "1")
-            self.group.all_gather_object(operation, timeout_s=_ROLL_CALL_S + 2 * _SLICE_S, operation="roll call")
-        except MoECommError as absent:
-            missing = absent.peers
-        except (dist.DistError, RuntimeError):
-            missing = ()
-        who = f"ranks {list(missing)} do not answer" if missing else "no rank could be named"
-        if stalled:
+    def _give_up(self, cause: RuntimeError, timed_out: bool, waited_s: float, operation: str, seq: int) -> NoReturn:
+        """Raise what the first rank that gave up found out; if that is this one, find out who is missing."""
+        where: dict[str, Any] = {"rank": self.group.rank, "operation": operation, "seq": seq}
+        if verdict := self._bulletin.verdict():
+            raise verdict.error(**where) from cause
+        error = self._diagnose(cause, timed_out, waited_s, where)
+        verdict = self._bulletin.publish(Verdict.of(error, self.group.rank))
+        raise (error if verdict.rank == self.group.rank else verdict.error(**where)) from cause
+
+    def _diagnose(
+        self, cause: RuntimeError, timed_out: bool, waited_s: float, where: dict[str, Any]
+    ) -> PeerLostError | StallError:
+        if left := self._bulletin.left_before(where["seq"]):
+            remedy = "look for the first error of those ranks"
+            return PeerLostError(f"ranks {left} closed their buffer", remedy=remedy, **where, peers=left)
+        missing = self._bulletin.call_roll(_ROLL_CALL_S)
+        who = f"ranks {missing} do not answer" if missing else "no rank could be named"
+        if timed_out:
             what = f"gave up after {waited_s:.1f} s: {who}"
-            remedy = "look at what those ranks do, or raise timeout_s"
-            raise StallError(what, remedy=remedy, **where, peers=missing) from cause
-        raise PeerLostError(f"the backend lost a peer: {who}", got=str(cause), **where, peers=missing) from cause
+            remedy = "look at what those ranks do, or raise timeout_s; go on in a new process group"
+            return StallError(what, remedy=remedy, **where, peers=missing)
+        what, remedy = f"the backend lost a peer: {who}", "look for the first error of all ranks"
+        return PeerLostError(what, got=str(cause).splitlines()[0], remedy=remedy, **where, peers=missing)
 
 
 @final
 class CollectiveExchange(Exchange):
     """Rows packed by destination; one all_to_all_single per lane; rows unpacked where they do not lie in order."""
 
-    def __init__(self, transport: CollectiveTransport, tag: str, lanes: Sequence[Lane]) -> None:
-        self._transport, self._tag, self._lanes = transport, tag, lanes
+    def __init__(self, transport: CollectiveTransport, tag: str, seq: int, lanes: Sequence[Lane]) -> None:
+        self._transport, self._tag, self._seq, self._lanes = transport, tag, seq, lanes
         self._packed = [self._empty(lane.send_counts.sum(), lane.row_bytes) for lane in lanes]
         self._starts = [np.cumsum(lane.send_counts) - lane.send_counts for lane in lanes]
         self._works: list[dist.Work] = []
@@ -147,7 +158,7 @@ class CollectiveExchange(Exchange):
     def wait(self) -> list[Tensor]:
         if self._out is None:
             for work in self._works:
-                self._transport.finish(work, self._tag)
+                self._transport.finish(work, self._tag, self._seq)
             self._out = [
                 received if lane.recv_slots is None else self._unpack(lane, received)
                 for lane, received in zip(self._lanes, self._received, strict=True)

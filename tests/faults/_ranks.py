@@ -67,6 +67,7 @@ class World:
     rank: int
     size: int
     store: dist.Store
+    report: int  # the pipe to whoever waits for this rank
 
     def mark(self, name: str) -> None:
         """Say that this rank has come to that point."""
@@ -93,8 +94,19 @@ class World:
 
     def die(self) -> None:
         """End by `kill -9`; the moment is left in the store."""
-        self.store.set("died", repr(time.monotonic()))
+        self.note_death()
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def fork(self) -> int:
+        """`os.fork`; nobody waits for the child."""
+        pid = os.fork()
+        if pid == 0:
+            os.close(self.report)
+        return pid
+
+    def note_death(self) -> None:
+        """Say that a rank dies now."""
+        self.store.set("died", repr(time.monotonic()))
 
     def seconds_since_death(self) -> float:
         """Seconds since a rank called `die`; the clock is the machine's."""
@@ -216,7 +228,7 @@ def _be_rank(
                 world_size=size,
                 timeout=datetime.timedelta(seconds=60),
             )
-        outcome = Outcome(result=scenario(World(rank, size, dist.PrefixStore(f"marks_{token}", store)), *args))
+        outcome = Outcome(result=scenario(World(rank, size, dist.PrefixStore(f"marks_{token}", store), pipe), *args))
     except BaseException as error:
         outcome = Outcome(error=_carried(error), trace="".join(traceback.format_exception(error)))
     with contextlib.suppress(BaseException):

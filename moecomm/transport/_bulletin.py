@@ -1,0 +1,128 @@
+"""What the ranks of a broken group tell each other: who left, who gave up and why, who is still there.
+
+It travels through the key-value store of a torch.distributed process group, because its backend does not say who is
+missing. Nothing here blocks for long, also when the process that hosts the store has stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar, final
+
+import torch.distributed as dist
+
+from moecomm import errors
+from moecomm.errors import MoECommError
+
+T = TypeVar("T")
+
+_ANSWER_S = 1.0  # what a store gets to answer
+_LOOK_S = 0.02  # how often a roll call looks for answers
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a rank gave up. kind: name of an exception; peers: the ranks that caused it."""
+
+    rank: int
+    during: str
+    kind: str
+    what: str
+    remedy: str | None
+    peers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, error: MoECommError, rank: int) -> Verdict:
+        """That of a rank that raises an error."""
+        during = f"{error.operation or 'an operation'}" + ("" if error.seq is None else f" #{error.seq}")
+        return cls(rank, during, type(error).__name__, error.what, error.remedy, error.peers)
+
+    def error(self, *, rank: int, operation: str, seq: int) -> MoECommError:
+        """The error that another rank raises because of it."""
+        kind: type[MoECommError] = getattr(errors, self.kind)
+        who = "this rank" if rank in self.peers else f"ranks {list(self.peers)}"
+        what = f"rank {self.rank} gave up in {self.during} because of {who}: {self.what}"
+        return kind(what, remedy=self.remedy, rank=rank, operation=operation, seq=seq, peers=self.peers)
+
+
+@final
+class Bulletin:
+    """The board of one buffer. The first verdict counts: all ranks raise the same error, also those that come late."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+
+    def leave(self, num_operations: int) -> None:
+        """Say that this rank closed its buffer after so many operations."""
+        _within(_ANSWER_S, lambda: self._store.set(f"left/{self._rank}", str(num_operations)), None)
+
+    def left_before(self, operation: int) -> list[int]:
+        """The ranks that closed their buffer and will not come to that operation."""
+
+        def ask() -> list[int]:
+            left = [rank for rank in range(self._size) if self._store.check([f"left/{rank}"])]
+            return [rank for rank in left if int(self._store.get(f"left/{rank}")) <= operation]
+
+        return _within(_ANSWER_S, ask, [])
+
+    def has_trouble(self) -> bool:
+        """Whether a rank has given up."""
+        return _within(_ANSWER_S, lambda: self._store.check(["trouble"]), False)
+
+    def verdict(self) -> Verdict | None:
+        """The verdict, if there is one."""
+
+        def ask() -> Verdict | None:
+            return _parse(self._store.get("verdict")) if self._store.check(["verdict"]) else None
+
+        return _within(_ANSWER_S, ask, None)
+
+    def publish(self, verdict: Verdict) -> Verdict:
+        """Propose a verdict; the one that counts."""
+
+        def ask() -> Verdict:
+            self._store.set("trouble", "1")
+            return _parse(self._store.compare_set("verdict", "", json.dumps(asdict(verdict))))
+
+        return _within(_ANSWER_S, ask, verdict)
+
+    def call_roll(self, timeout_s: float) -> list[int]:
+        """The ranks that do not answer in time; the others see that there is trouble and call the roll themselves."""
+        missing = [rank for rank in range(self._size) if rank != self._rank]
+
+        def call() -> None:
+            deadline = time.monotonic() + timeout_s
+            self._store.set("trouble", "1")
+            self._store.set(f"here/{self._rank}", "1")
+            while missing and time.monotonic() < deadline:
+                missing[:] = [rank for rank in missing if not self._store.check([f"here/{rank}"])]
+                time.sleep(_LOOK_S)
+
+        _within(timeout_s + _ANSWER_S, call, None)
+        return list(missing)
+
+
+def _parse(text: bytes) -> Verdict:
+    told: dict[str, Any] = json.loads(text)
+    return Verdict(**{**told, "peers": tuple(told["peers"])})
+
+
+def _within(timeout_s: float, ask: Callable[[], T], otherwise: T) -> T:
+    """What a store answers, or `otherwise`: one that is gone raises, one whose host has stopped never answers."""
+    answers: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # DistError is one
+            answers.append(ask())
+
+    with contextlib.suppress(RuntimeError):  # no threads any more: the interpreter is ending
+        thread = threading.Thread(target=run, name="moecomm bulletin", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+    return answers[0] if answers else otherwise
