@@ -21,7 +21,7 @@ from moecomm.errors import MoECommError
 
 T = TypeVar("T")
 
-_ANSWER_S = 1.0  # what a store gets to answer
+_ANSWER_S = 2.0  # what a store gets to answer; one that does not is not asked again
 _LOOK_S = 0.02  # how often a roll call looks for answers
 
 
@@ -57,10 +57,11 @@ class Bulletin:
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
+        self._is_silent = False
 
     def leave(self, num_operations: int) -> None:
         """Say that this rank closed its buffer after so many operations."""
-        _within(_ANSWER_S, lambda: self._store.set(f"left/{self._rank}", str(num_operations)), None)
+        self._ask(lambda: self._store.set(f"left/{self._rank}", str(num_operations)), None)
 
     def left_before(self, operation: int) -> list[int]:
         """The ranks that closed their buffer and will not come to that operation."""
@@ -69,11 +70,11 @@ class Bulletin:
             left = [rank for rank in range(self._size) if self._store.check([f"left/{rank}"])]
             return [rank for rank in left if int(self._store.get(f"left/{rank}")) <= operation]
 
-        return _within(_ANSWER_S, ask, [])
+        return self._ask(ask, [])
 
     def has_trouble(self) -> bool:
         """Whether a rank has given up."""
-        return _within(_ANSWER_S, lambda: self._store.check(["trouble"]), False)
+        return self._ask(lambda: self._store.check(["trouble"]), False)
 
     def verdict(self) -> Verdict | None:
         """The verdict, if there is one."""
@@ -81,7 +82,7 @@ class Bulletin:
         def ask() -> Verdict | None:
             return _parse(self._store.get("verdict")) if self._store.check(["verdict"]) else None
 
-        return _within(_ANSWER_S, ask, None)
+        return self._ask(ask, None)
 
     def publish(self, verdict: Verdict) -> Verdict:
         """Propose a verdict; the one that counts."""
@@ -90,39 +91,40 @@ class Bulletin:
             self._store.set("trouble", "1")
             return _parse(self._store.compare_set("verdict", "", json.dumps(asdict(verdict))))
 
-        return _within(_ANSWER_S, ask, verdict)
+        return self._ask(ask, verdict)
 
-    def call_roll(self, timeout_s: float) -> list[int]:
-        """The ranks that do not answer in time; the others see that there is trouble and call the roll themselves."""
-        missing = [rank for rank in range(self._size) if rank != self._rank]
+    def call_roll(self, timeout_s: float) -> list[int] | None:
+        """The ranks that do not answer in time, None if nobody knows. The others see the trouble and answer."""
 
-        def call() -> None:
-            deadline = time.monotonic() + timeout_s
+        def ask() -> list[int]:
             self._store.set("trouble", "1")
             self._store.set(f"here/{self._rank}", "1")
+            missing, deadline = [rank for rank in range(self._size) if rank != self._rank], time.monotonic() + timeout_s
             while missing and time.monotonic() < deadline:
-                missing[:] = [rank for rank in missing if not self._store.check([f"here/{rank}"])]
+                missing = [rank for rank in missing if not self._store.check([f"here/{rank}"])]
                 time.sleep(_LOOK_S)
+            return missing
 
-        _within(timeout_s + _ANSWER_S, call, None)
-        return list(missing)
+        return self._ask(ask, None, timeout_s + _ANSWER_S)
+
+    def _ask(self, ask: Callable[[], T], otherwise: T, timeout_s: float = _ANSWER_S) -> T:
+        """What the store answers, or `otherwise`: one that is gone raises, one whose host has stopped never answers."""
+        answers: list[T] = []
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError):  # DistError is one
+                answers.append(ask())
+
+        if self._is_silent:
+            return otherwise
+        with contextlib.suppress(RuntimeError):  # no threads any more: the interpreter is ending
+            thread = threading.Thread(target=run, name="moecomm bulletin", daemon=True)
+            thread.start()
+            thread.join(timeout_s)
+        self._is_silent = not answers
+        return answers[0] if answers else otherwise
 
 
 def _parse(text: bytes) -> Verdict:
     told: dict[str, Any] = json.loads(text)
     return Verdict(**{**told, "peers": tuple(told["peers"])})
-
-
-def _within(timeout_s: float, ask: Callable[[], T], otherwise: T) -> T:
-    """What a store answers, or `otherwise`: one that is gone raises, one whose host has stopped never answers."""
-    answers: list[T] = []
-
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):  # DistError is one
-            answers.append(ask())
-
-    with contextlib.suppress(RuntimeError):  # no threads any more: the interpreter is ending
-        thread = threading.Thread(target=run, name="moecomm bulletin", daemon=True)
-        thread.start()
-        thread.join(timeout_s)
-    return answers[0] if answers else otherwise

@@ -113,7 +113,9 @@ class CollectiveTransport(Transport):
             remedy = "look for the first error of those ranks"
             return PeerLostError(f"ranks {left} closed their buffer", remedy=remedy, **where, peers=left)
         missing = self._bulletin.call_roll(_ROLL_CALL_S)
-        who = f"ranks {missing} do not answer" if missing else "no rank could be named"
+        who = f"ranks {missing} do not answer" if missing else "all ranks answer"
+        if missing is None:
+            who, missing = "which ranks are missing is not known, as the key-value store does not answer", []
         if timed_out:
             what = f"gave up after {waited_s:.1f} s: {who}"
             remedy = "look at what those ranks do, or raise timeout_s; go on in a new process group"

@@ -83,6 +83,11 @@ class World:
         self.mark(name)
         self.wait_for(name)
 
+    def meet_others(self, name: str, without: int) -> None:
+        """Wait for all ranks but one."""
+        self.mark(name)
+        self.wait_for(name, *(rank for rank in range(self.size) if rank != without))
+
     def wait_until_asleep(self, name: str, *ranks: int) -> None:
         """Wait until these ranks have passed that mark and wait for something."""
         for pid in self.wait_for(name, *ranks):

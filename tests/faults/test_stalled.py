@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 import moecomm
 from tests.faults._ranks import Nursery, World, results_of
@@ -99,6 +100,44 @@ def be_slow(world: World, transport: str) -> int:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_slow_rank_is_waited_for(nursery: Nursery, transport: str) -> None:
     assert results_of(nursery.run(be_slow, 2, transport)) == [2, 2]
+
+
+def stop_the_host(world: World, transport: str) -> Caught | None:
+    """Rank 0, which also hosts the store of the group, is stopped; whoever asks that store waits for ever."""
+    if world.rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        world.store.set("port", str(store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", int(world.store.get("port")), is_master=False)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+    buffer = build(transport, timeout_s=TIMEOUT_S)
+    right_step(buffer, world)
+    world.mark("ready")
+    if world.rank == 0:
+        signal.pause()
+    (pid,) = world.wait_for("ready", 0)
+    world.meet_others("about to stop", 0)
+    os.kill(pid, signal.SIGSTOP)
+    caught = catch(lambda: dispatch(buffer, None, world.rank), buffer=buffer)
+    start = time.monotonic()
+    buffer.close()
+    assert time.monotonic() - start < 1.0, "close must not wait"
+    world.meet_others("over", 0)
+    os.kill(pid, signal.SIGKILL)
+    return caught
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_stopped_rank_that_hosts_the_store_stops_nobody_else(nursery: Nursery, transport: str) -> None:
+    told = results_of(nursery.run(stop_the_host, 3, transport, backend=None), killed=0)
+    for rank in (1, 2):
+        caught: Caught = told[rank]
+        assert isinstance(caught.error, moecomm.StallError) and unusable(caught), caught.text
+        assert caught.error.operation == "dispatch" and caught.seconds < TIMEOUT_S + 2 * ROLL_CALL_S
+        if transport == "symmetric":
+            assert caught.error.peers == (0,)
+        else:
+            assert "the key-value store does not answer" in caught.text
 
 
 # -- leavers ---------------------------------------------------------------------------------------------------------
