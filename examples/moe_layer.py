@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 4 examples/moe_layer.py
     python examples/moe_layer.py                        # one process
     torchrun --nproc-per-node 3 examples/moe_layer.py --transport collective --dtype bfloat16 --top-k 4
+    mpiexec -n 4 python examples/moe_layer.py --transport mpi
 
 Every rank holds a few of the experts and has tokens of its own. Afterwards each rank computes the whole batch with all
 experts by itself, in plain torch, and compares its part: outputs, and gradients of tokens, router and experts.
@@ -41,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, check, time, report; the exit status."""
     args = parse_args(argv)
-    with joined_group(args.device) as (group, device):
+    with joined_group(args) as (group, device):
         try:
             with make_buffer(args, group, device) as buffer:
                 return run(args, buffer)
@@ -72,7 +73,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--transport", default="auto", help="auto, local, symmetric, collective (default: auto)")
+    parser.add_argument("--transport", default="auto", help="auto, local, symmetric, mpi, ... (default: auto)")
     parser.add_argument("--tokens", type=int, default=512, metavar="T", help="tokens of each rank (default: 512)")
     parser.add_argument("--hidden", type=int, default=256, metavar="H", help="elements of a token (default: 256)")
     parser.add_argument("--intermediate", type=int, metavar="D", help="inner size of an expert (default: 2 H)")
@@ -90,23 +91,39 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def joined_group(wanted: str) -> Iterator[tuple[object | None, torch.device]]:
-    """Join the processes that torchrun started, or be one process: the group for `moecomm.Buffer`, and the device."""
+def joined_group(args: argparse.Namespace) -> Iterator[tuple[object | None, torch.device]]:
+    """Join the processes that torchrun or mpiexec started, or be one: a group for `moecomm.Buffer`, and the device."""
     launched = "RANK" in os.environ
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count() >= ranks_here):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    by_mpi = bool({"PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys())
+    world = None
+    local_rank, ranks_here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if (by_mpi or not launched) if args.transport == "mpi" else (by_mpi and not launched):
+        world, local_rank, ranks_here = mpi_world()
+    if args.device == "cuda" or (args.device == "auto" and torch.cuda.device_count() >= ranks_here):
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if not launched:
-        yield None, device
+    if world is not None or not launched:
+        yield world, device
         return
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         yield dist.group.WORLD, device
     finally:
         dist.destroy_process_group()
+
+
+def mpi_world() -> tuple[object, int, int]:
+    """All processes of the MPI job, the number of this one on its host, and how many there are on it."""
+    from mpi4py import MPI
+
+    host = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    local_rank, ranks_here = host.rank, host.size
+    host.Free()
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, mpiexec does not
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    return MPI.COMM_WORLD, local_rank, ranks_here
 
 
 def make_buffer(args: argparse.Namespace, group: object | None, device: torch.device) -> moecomm.Buffer:

@@ -116,9 +116,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     counts = {
-        "steps": (300, "optimizer steps"),
+        "steps": (500, "optimizer steps"),
         "batch": (16, "sequences of a step, on all ranks together"),
-        "context": (128, "bytes of a sequence"),
+        "context": (64, "bytes of a sequence"),
         "layers": (2, "transformer layers"),
         "hidden": (128, "elements of a token"),
         "heads": (4, "attention heads"),
@@ -134,7 +134,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ep", type=int, default=processes, help="processes that share the experts (default: all)")
     for name, (default, meaning) in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW (default: 0.003)")
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="of AdamW (default: 0.004)")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the load-balancing loss (default: 0.01)")
     parser.add_argument("--transport", default="auto", help="auto, local, symmetric, collective (default: auto)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and sample (default: 0)")

@@ -218,8 +218,8 @@ def test_every_ep_gives_the_same_curve(tmp_path: Path) -> None:
     assert len(list((tmp_path / "together").iterdir())) == 4
 
 
-def test_ranks_without_a_sequence_take_part(tmp_path: Path) -> None:
-    few = [*TINY_MODEL, "--steps", "3", "--batch", "2", "--out", "."]
+def test_ranks_without_sequences_or_experts_take_part(tmp_path: Path) -> None:
+    few = [*TINY_MODEL, "--steps", "3", "--batch", "2", "--experts", "2", "--out", "."]
     succeed("train_moe_lm.py", *few, folder=tmp_path)
     succeed("train_moe_lm.py", *few, "--compare", "train_moe_lm_ep1.csv", ranks=3, folder=tmp_path)
 
