@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from moecomm import Buffer, ConfigError
 
-__all__ = ["GroupedExperts", "MoELayer", "Routing", "TopKRouter", "load_balancing_loss", "topk_routing"]
+__all__ = [
+    "GroupedExperts",
+    "MoELayer",
+    "Routing",
+    "TopKRouter",
+    "group_limited_topk",
+    "load_balancing_loss",
+    "topk_routing",
+]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROW_BYTES = 16  # grouped_mm takes rows of a multiple of this only, on a CPU too
@@ -146,6 +154,51 @@ def load_balancing_loss(probs: Tensor, expert_counts: Tensor) -> Tensor:
     fraction = counts / counts.sum().clamp(min=1)
     mean_prob = probs.sum(0) / max(1, probs.shape[0])
     return probs.shape[1] * (fraction * mean_prob).sum()
+
+
+def group_limited_topk(
+    scores: Tensor, top_k: int, *, groups: Sequence[int], max_groups: int, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose K experts for every token out of at most `max_groups` groups of experts, such as those of a node.
+
+    A group's score is the sum of its two best experts'; the best groups are taken, then the best experts in them. Of
+    equal scores the lower id wins. From DeepSeek-V3 (2024, sections 2.1.2 and 3.2.2), which calls it node-limited
+    routing: a token then crosses the network to that many nodes at most.
+
+    Args:
+        scores: (T, E) floating, how well each expert suits each token.
+        top_k: K.
+        groups: (E,) group of each expert, numbered from 0.
+        max_groups: groups that a token may use.
+        bias: (E,) floating, added where experts are compared and nowhere else (balancing without a loss), or None.
+
+    Returns:
+        (T, K) int64 different expert ids, best first, and (T, K) their scores without the bias, differentiable.
+
+    Raises:
+        ConfigError: a count is wrong, groups do not fit the scores, or some max_groups groups hold too few experts.
+
+    >>> group_limited_topk(torch.tensor([[0.9, 0.0, 0.5, 0.6]]), 2, groups=[0, 0, 1, 1], max_groups=1)
+    (tensor([[3, 2]]), tensor([[0.6000, 0.5000]]))
+    """
+    _check_counts(top_k=top_k, max_groups=max_groups)
+    num_groups = max(groups, default=-1) + 1
+    if scores.shape[1] != len(groups) or set(groups) != set(range(num_groups)) or max_groups > num_groups:
+        expected = f"a group from 0 on, without a gap, for each of {scores.shape[1]} experts, and max_groups of them"
+        raise ConfigError("groups do not fit", got=f"{list(groups)}, max_groups={max_groups}", expected=expected)
+    group_E = torch.tensor(groups, device=scores.device)
+    if sum(sorted(torch.bincount(group_E).tolist())[:max_groups]) < top_k:
+        raise ConfigError("max_groups groups hold fewer than top_k experts", got=f"{max_groups} groups", expected=top_k)
+    with torch.no_grad():
+        compared = (scores if bias is None else scores + bias).to(torch.promote_types(scores.dtype, torch.float32))
+        of_group = [compared[:, group_E == group] for group in range(num_groups)]
+        group_scores = torch.stack([part.topk(min(2, part.shape[1]), dim=1).values.sum(1) for part in of_group], 1)
+        chosen = group_scores.sort(dim=1, descending=True, stable=True).indices[:, :max_groups]
+        allowed = (chosen[:, :, None] == group_E).any(1)
+        order = compared.sort(dim=1, descending=True, stable=True).indices
+        allowed_first = allowed.gather(1, order).int().sort(dim=1, descending=True, stable=True).indices
+        idx = order.gather(1, allowed_first)[:, :top_k]
+    return idx, scores.gather(1, idx)
 
 
 class GroupedExperts(nn.Module):

@@ -114,7 +114,9 @@ class MpiTransport(Transport):
         self.post.tell(self.box, error)
 
     def stats(self) -> dict[str, int]:
-        return {"collectives": self.num_launched, "staged_chunks": self.slots.num_chunks if self.slots else 0}
+        in_flight = len(self._queue) + len(self._flying)
+        num_chunks = self.slots.num_chunks if self.slots else 0
+        return {"in_flight": in_flight, "collectives": self.num_launched, "staged_chunks": num_chunks}
 
     @property
     def allocated_bytes(self) -> int:

@@ -79,8 +79,10 @@ def test_runs_under(launcher: str) -> None:
     if program is None:
         pytest.skip(f"{launcher} is not installed")
     command = [program, *LAUNCHERS[launcher], __file__, "--cases", "plain,empty_rank", "--rounds", "2"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    # Without an input of its own mpiexec reads the terminal's, which stops it where the tests run in the background.
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, env=dict(os.environ, OMP_NUM_THREADS="1")
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, env=env, start_new_session=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks" in done.stdout and " 0 failed" in done.stdout, done.stdout + done.stderr

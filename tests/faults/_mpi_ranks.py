@@ -36,7 +36,7 @@ class World:
 
     def buffer(self, timeout_s: float = TIMEOUT_S, hidden: int = 16) -> moecomm.Buffer:
         """Two experts per rank."""
-        sizes = {"num_experts": 2 * self.size, "hidden": hidden, "top_k": 2, "max_tokens_per_rank": 64}
+        sizes: dict[str, Any] = {"num_experts": 2 * self.size, "hidden": hidden, "top_k": 2, "max_tokens_per_rank": 64}
         return moecomm.Buffer(self.comm, **sizes, dtype=torch.float32, transport="mpi", timeout_s=timeout_s)
 
     def inputs(self, buffer: moecomm.Buffer, num_tokens: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +128,7 @@ def stopped(world: World) -> Any:
             os.kill(os.getpid(), signal.SIGSTOP)
             return launch(exchange)
 
-        launch, mpi.MpiExchange.launch = mpi.MpiExchange.launch, stop  # type: ignore[method-assign]
+        launch, mpi.MpiExchange.launch = mpi.MpiExchange.launch, stop  # type: ignore[method-assign, assignment]
     error = caught(lambda: buffer.dispatch(x, topk_idx))
     if world.rank != 1:
         world.mark("gave_up")
@@ -172,7 +172,7 @@ def killed_with_rows(world: World, before: bool) -> Any:
         world.mark("launched")
         return launched
 
-    mpi.MpiExchange.launch = die if world.rank == 1 else tell  # type: ignore[method-assign]
+    mpi.MpiExchange.launch = die if world.rank == 1 else tell  # type: ignore[method-assign, assignment]
     x, topk_idx = world.inputs(buffer)
 
     def operations() -> None:

@@ -1,0 +1,366 @@
+"""Nothing leaks (promise 8): files, processes, sockets, descriptors, threads, memory; memory is what was planned."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import moecomm
+from moecomm.testing import RankFailure, no_leaks, run_ranks
+from tests.faults._ranks import Nursery, World, results_of
+from tests.faults._scenes import TRANSPORTS, E, H, K, M, build, catch, right_step, tokens_of
+
+MEBI = 1 << 20
+
+
+# -- whole processes -------------------------------------------------------------------------------------------------
+
+
+def work_and_die(rank: int, transport: str, victim: int | None) -> float:
+    """A real process of the launcher: work, and one rank dies by `kill -9` with everything open."""
+    world = World(rank, dist.get_world_size(), dist.PrefixStore("marks", dist.group.WORLD.get_group_store()), -1)  # type: ignore[union-attr]
+    buffer = build(transport, timeout_s=3.0)
+    kept = [right_step(buffer, world, round).x for round in range(3)]
+    assert len(kept) == 3
+    if victim is not None:
+        if rank == victim:
+            os.kill(os.getpid(), 9)
+        error = catch(lambda: right_step(buffer, world, 3)).error
+        assert error.peers == (victim,), error
+    return time.monotonic()  # the buffer is left open: the end of the process must close it
+
+
+@pytest.mark.parametrize(("transport", "victim"), [("symmetric", 1), ("collective", 0), ("symmetric", None)])
+def test_nothing_stays_behind(transport: str, victim: int | None) -> None:
+    with no_leaks():
+        ended = run_ranks(work_and_die, 2, transport, victim, expect_exit={} if victim is None else {victim: -9})
+        assert time.monotonic() - max(end for end in ended if end is not None) < 10.0, "a rank took long to end"
+
+
+def fail_while_others_wait(rank: int) -> None:
+    buffer = build("symmetric", timeout_s=30.0)
+    if rank == 1:
+        raise RuntimeError("no more")
+    buffer.dispatch(*tokens_of(rank))
+
+
+def test_nothing_stays_behind_after_an_exception() -> None:
+    with no_leaks(), pytest.raises(RankFailure, match="no more") as caught:
+        run_ranks(fail_while_others_wait, 2)
+    assert set(caught.value.failures) <= {0, 1}
+
+
+# -- one process -----------------------------------------------------------------------------------------------------
+
+
+def belongings() -> Counter[str]:
+    """Descriptors, threads and mappings of shared memory of this process."""
+    gc.collect()
+    found: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that listed the folder
+            found["descriptor of " + re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{fd}"))] += 1
+    found.update(f"thread {thread.name}" for thread in threading.enumerate())
+    found["native threads"] = len(os.listdir("/proc/self/task"))
+    found.update(line[73:] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line)
+    return found
+
+
+def more(before: Counter[str], after: Counter[str]) -> dict[str, int]:
+    """What there is more of than before. (Gloo closes a spare connection whenever it likes.)"""
+    return dict(after - before)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is not shared."""
+    pages = Path("/proc/self/statm").read_text().split()
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def keep_going(world: World, transport: str) -> dict[str, Any]:
+    """Hundreds of operations of every kind on one buffer."""
+    before = belongings()
+    buffer = build(transport, num_segments=4)
+
+    def work(first: int, last: int, buffer: moecomm.Buffer = buffer) -> None:
+        for round in range(first, last):
+            out = right_step(buffer, world, round % 8)
+            x, topk_idx, weights = tokens_of(world.rank, round % 8)
+            rows: Any = buffer.dispatch(x.requires_grad_(), handle=out.handle).x
+            buffer.combine(rows, out.handle).sum().backward()
+            buffer.dispatch_async(x.detach(), topk_idx, weights)  # dropped
+            assert catch(lambda: buffer.dispatch(x.half(), topk_idx)).error.rank == world.rank  # noqa: B023
+
+    work(0, 20)
+    open_before, bytes_before, shared_before = belongings(), resident_bytes(), shared_bytes()
+    work(20, 80)
+    open_after, bytes_after, shared_after = belongings(), resident_bytes(), shared_bytes()
+    operations = sum(buffer.stats()[name] for name in ("dispatches", "replays", "combines"))
+    world.meet("done")
+    buffer.close()
+    del buffer, work
+    return {
+        "operations": operations,
+        "open": more(open_before, open_after),
+        "grown": bytes_after - bytes_before,
+        "shared": (shared_before, shared_after),
+        "closed": more(before, belongings()),
+    }
+
+
+def shared_bytes() -> int:
+    """What is committed of the shared memory that is mapped here, by whomever."""
+    total, of_memfd = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            of_memfd = "memfd:moecomm" in line
+        elif of_memfd and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_hundreds_of_operations_take_nothing_more(nursery: Nursery, transport: str) -> None:
+    for told in results_of(nursery.run(keep_going, 2, transport, timeout_s=90.0)):
+        assert told["operations"] > 400
+        assert told["open"] == {}
+        assert told["grown"] < 2 * MEBI, f"{told['grown']} bytes more after 60 rounds"
+        assert told["shared"][1] <= told["shared"][0], told["shared"]
+        assert told["closed"] == {}, "what the buffer opened must be closed with it"
+
+
+def build_and_close(world: World, transport: str) -> dict[str, Any]:
+    """Twenty buffers, closed in all the ways that there are; results of some outlive them."""
+    kept: list[Any] = []
+
+    def cycle(number: int) -> None:
+        # 64 MiB of address space each, of which a little is touched.
+        buffer = build(transport, max_tokens_per_rank=4096, num_segments=8)
+        out = right_step(buffer, world, number)
+        if number % 5 == 0:
+            kept[:] = [out.x]
+        if number % 3 == 1:
+            buffer.dispatch_async(*tokens_of(world.rank, number))
+        if number % 4 == 3:
+            world.meet(f"leave {number}")
+            with buffer:
+                return
+        world.meet(f"leave {number}")
+        if number % 4 != 2:
+            buffer.close()  # else the garbage collector closes it
+
+    for number in range(4):
+        cycle(number)
+    kept.clear()
+    before, bytes_before = belongings(), resident_bytes()
+    for number in range(4, 24):
+        cycle(number)
+    kept.clear()
+    return {"more": more(before, belongings()), "grown": resident_bytes() - bytes_before}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_twenty_buffers_leave_nothing(nursery: Nursery, transport: str) -> None:
+    for told in results_of(nursery.run(build_and_close, 2, transport, timeout_s=90.0)):
+        assert told["more"] == {}
+        assert told["grown"] < 2 * MEBI, f"{told['grown']} bytes more after 20 buffers"
+
+
+def fail_to_build(world: World) -> dict[str, Any]:
+    """Constructors that fail on one rank, at every step of connecting, leave nothing on any."""
+    from moecomm.memory import channel, host
+    from moecomm.transport import symmetric
+
+    broken: list[tuple[Any, str]] = [
+        (host.HostMemory, "create"),
+        (host.HostMemory, "__init__"),
+        (channel.socket, "send_fds"),
+        (channel.socket, "recv_fds"),
+        (symmetric, "SegmentPool"),
+    ]
+    with build() as warm:
+        right_step(warm, world)
+    before = belongings()
+    names = []
+    for place, name in broken:
+        fault = OSError(28, "no space left")
+        if world.rank == 1:
+            with mock.patch.object(place, name, side_effect=fault), pytest.raises((OSError, moecomm.MoECommError)):
+                build(timeout_s=1.0)
+        else:
+            error = catch(lambda: build(timeout_s=1.0)).error
+            assert isinstance(error, (moecomm.StallError, moecomm.PeerLostError)) and 1 in error.peers, error
+        names.append(name)
+        world.meet(f"failed {name}")
+    return {"more": more(before, belongings()), "names": names}
+
+
+def test_constructors_that_fail_leave_nothing(nursery: Nursery) -> None:
+    for told in results_of(nursery.run(fail_to_build, 2)):
+        assert len(told["names"]) == 5
+        assert told["more"] == {}
+
+
+# -- strangers -------------------------------------------------------------------------------------------------------
+
+
+def sockets_of(pid: int) -> list[str]:
+    """Names of the abstract sockets on which moecomm listens in that process."""
+    inodes = set()
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}").removeprefix("socket:[").removesuffix("]"))
+        except OSError:
+            continue
+    entries = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    listening = [entry for entry in entries if entry[3] == "00010000" and entry[6] in inodes]
+    return ["\0" + entry[7][1:] for entry in listening if "@moecomm" in entry[-1]]
+
+
+def attack(pid: int) -> list[str]:
+    """Connect to the socket of that process and say everything but the right thing; what became of each try."""
+    while not (names := sockets_of(pid)):
+        time.sleep(0.01)
+    speeches: list[Callable[[socket.socket], Any]] = [
+        lambda sock: sock.send(b"hello"),
+        lambda sock: sock.send(b"0123456789abcdef0123456789abcdef 1"),
+        lambda sock: sock.send("\u00e9\u00e9\u00e9 1".encode()),
+        lambda sock: sock.send(b"\xff\xfe 1"),
+        lambda sock: sock.send(b"a b c d"),
+        lambda sock: sock.send(b"x" * 100_000),
+        lambda sock: sock.close(),
+        lambda sock: sock.fileno(),  # says nothing and stays
+    ]
+    ends = []
+    for speak in speeches:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.settimeout(5.0)
+        sock.connect(names[0])
+        speak(sock)
+        try:
+            ends.append("refused" if not sock.recv(1024) else "answered")
+        except ConnectionResetError:
+            ends.append("refused")
+        except OSError as error:
+            ends.append("closed" if sock.fileno() < 0 else repr(error))
+        sock.close()
+    return ends
+
+
+def meet_strangers(world: World) -> list[str]:
+    """Rank 0 listens for rank 1, which attacks before it comes."""
+    from moecomm.memory.channel import Channel
+
+    dial, ends = Channel._dial, []
+    world.mark("here")
+    (pid,) = world.wait_for("here", 0)
+
+    def attack_first(*args: Any) -> Any:
+        ends.extend(attack(pid))
+        return dial(*args)
+
+    with mock.patch.object(Channel, "_dial", attack_first), build(timeout_s=10.0) as buffer:
+        right_step(buffer, world)
+        assert sockets_of(os.getpid()) == [], "nobody listens any more"
+        right_step(buffer, world, 1)
+        world.meet("done")
+    return ends
+
+
+def test_strangers_are_refused_and_the_job_goes_on(nursery: Nursery) -> None:
+    nobody, ends = results_of(nursery.run(meet_strangers, 2))
+    assert nobody == [] and ends == ["refused"] * 6 + ["closed", "refused"]
+
+
+# -- memory is what was planned --------------------------------------------------------------------------------------
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"num_experts": 64, "hidden": 512, "top_k": 8, "max_tokens_per_rank": 100, "dtype": torch.bfloat16},
+    {"reduce": "source", "top_k": 4, "hidden": 33},
+    {"num_segments": 2, "max_tokens_per_rank": 300, "dtype": torch.float8_e4m3fn},
+]
+
+
+def measure_memory(world: World, shape: dict[str, Any]) -> tuple[int, int, int, int]:
+    """The sizes of the memfds, as the kernel tells them; what the plan says; what the transport says."""
+    made: list[int] = []
+    create = os.memfd_create
+
+    def note(*args: Any) -> int:
+        made.append(os.dup(create(*args)))
+        return os.dup(made[-1])
+
+    with mock.patch.object(os, "memfd_create", note), build("symmetric", **shape) as buffer:
+        (fd,) = made
+        size = os.fstat(fd).st_size
+        given: dict[str, Any] = {"num_experts": E, "hidden": H, "top_k": K, "max_tokens_per_rank": M} | shape
+        given.setdefault("dtype", torch.float32)
+        plan = moecomm.Buffer.plan_memory(num_ranks=world.size, **given)
+        world.meet("measured")
+        return size, plan.total_bytes, plan.segment_bytes * plan.num_segments, buffer._core.transport.allocated_bytes
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["small", "moe", "source", "fp8"])
+def test_what_is_planned_is_what_is_allocated(nursery: Nursery, shape: dict[str, Any]) -> None:
+    for size, planned, product, allocated in results_of(nursery.run(measure_memory, 2, shape)):
+        assert planned == product == allocated
+        assert abs(size - planned) <= 0.01 * planned
+
+
+def fill_up(world: World, shape: dict[str, Any]) -> int:
+    """The worst case fits: every token of every rank goes to one rank, with every payload and table, in all ways."""
+    with build(**shape) as buffer:
+        config = buffer.config
+        tokens, top_k, num_experts = config.max_tokens_per_rank, config.top_k, config.num_experts
+        x = torch.randn(tokens, config.hidden).to(config.dtype)
+        routings = [torch.full((tokens, top_k), num_experts - 1)]
+        routings.append(torch.arange(tokens * top_k).view(tokens, top_k) % num_experts)
+        for topk_idx in routings:
+            for align in (1, 256):
+                weights = torch.rand(tokens, top_k, requires_grad=True)
+                mine = x.clone().requires_grad_()
+                out: Any = buffer.dispatch(mine, topk_idx, weights, align=align)
+                y = buffer.combine(out.x * 2, out.handle, bias=x)
+                y.sum().backward()
+                assert mine.grad is not None and weights.grad is not None
+            if config.reduce == "rank":
+                out = buffer.dispatch(x.clone().requires_grad_(), topk_idx, weights, layout="rank")
+                (buffer.combine(out.x, out.handle).sum() + out.topk_weights.sum()).backward()
+            packed = x.view(torch.uint8)[:, : config.hidden].contiguous()
+            room = config.row_bytes - config.hidden
+            buffer.dispatch((packed, torch.zeros(tokens, room, dtype=torch.uint8)), topk_idx, weights.detach())
+        world.meet("filled")
+        return int(buffer.stats()["dispatches"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("reduce", ["rank", "source"])
+def test_the_worst_case_fits(nursery: Nursery, size: int, reduce: str) -> None:
+    for shape in (
+        {
+            "reduce": reduce,
+            "max_tokens_per_rank": 7,
+            "top_k": 5,
+            "num_experts": 3,
+            "hidden": 1,
+            "dtype": torch.bfloat16,
+        },
+        {"reduce": reduce, "max_tokens_per_rank": 64, "top_k": 8, "num_experts": 12, "hidden": 64},
+    ):
+        transport = {"transport": "local"} if size == 1 else {}
+        assert min(results_of(nursery.run(fill_up, size, shape | transport))) >= 4

@@ -1,0 +1,288 @@
+"""Transport `mpi` where all ranks do as they should. This file is also the program: each test is a job of mpiexec."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import moecomm
+from moecomm.group import Group
+from moecomm.testing.mpi import mpi_missing, run_mpi
+from moecomm.topology import Topology
+from moecomm.transport.mpi import MpiTransport
+
+BIG_ROW_BYTES, NUM_BIG_ROWS = 1 << 20, 2200  # 2.15 GiB to one rank: more than 2**31 bytes, and than 2**31 - 1
+
+needs_mpi = [pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing()), pytest.mark.timeout(180)]
+
+
+def run(program: str, size: int) -> str:
+    done = run_mpi(["-m", "mpi4py", "-m", "tests.unit.test_mpi", program], size, timeout_s=150)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count(f"{program}: done") == size, done.stdout
+    return done.stdout
+
+
+def free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(name, marks=needs_mpi)
+        for name in ("alone_with_mpi", "overlap", "own_traffic", "ends", "many_in_flight", "staged", "dropped")
+    ],
+)
+def test_program(program: str) -> None:
+    run(program, 3 if program in ("many_in_flight", "staged") else 2)
+
+
+@pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
+@pytest.mark.timeout(180)
+def test_more_than_2_gib_to_one_rank() -> None:
+    needed = 2 * BIG_ROW_BYTES * NUM_BIG_ROWS
+    if free_bytes() < needed:
+        pytest.skip(f"needs {needed / 2**30:.1f} GiB of free memory, there are {free_bytes() / 2**30:.1f}")
+    run("big", 2)
+
+
+def test_groups_without_mpi_are_told_why() -> None:
+    answer = MpiTransport.supports(Group.resolve(), Topology((0,)), torch.device("cpu"))
+    assert (answer.ok, answer.reason) == (False, "the group is not an mpi4py communicator")
+    assert "mpi" in moecomm.transport.TRANSPORTS
+
+
+# -- what the ranks run ------------------------------------------------------------------------------------------
+
+
+def make(comm: Any, transport: str = "mpi", **changed: Any) -> moecomm.Buffer:
+    sizes = {"num_experts": 2 * comm.size, "hidden": 8, "top_k": 2, "max_tokens_per_rank": 4096}
+    return moecomm.Buffer(comm, **(sizes | {"dtype": torch.float32, "timeout_s": 60.0} | changed), transport=transport)
+
+
+def inputs(buffer: moecomm.Buffer, num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(10 * seed + buffer.group.rank)
+    x = torch.randint(-64, 64, (num_tokens, buffer.config.hidden), generator=generator).float()
+    return x, torch.rand(num_tokens, buffer.config.num_experts, generator=generator).topk(2).indices
+
+
+def check_step(buffer: moecomm.Buffer, num_tokens: int = 20, seed: int = 0) -> None:
+    x, topk_idx = inputs(buffer, num_tokens, seed)
+    out: Any = buffer.dispatch(x, topk_idx)
+    assert torch.equal(buffer.combine(out.x, out.handle), 2 * x)
+
+
+def alone_with_mpi(comm: Any) -> None:
+    """No torch.distributed, the transport that was asked for, and an explanation."""
+    import torch.distributed as dist
+
+    with make(comm) as buffer:
+        check_step(buffer)
+        assert buffer.transport == "mpi"
+        said = buffer.explain()
+        assert said.startswith("transport mpi: Ialltoallv of "), said
+        assert "not collective: the group is not one of torch.distributed" in said
+        assert "not symmetric: would work; comes later in the order" in said
+    with make(comm, "auto") as buffer:
+        assert buffer.transport == "symmetric", "on one host"
+        assert "not mpi: would work; comes later in the order" in buffer.explain()
+    assert not dist.is_initialized()
+    assert not [name for name in ("MASTER_ADDR", "RANK", "WORLD_SIZE") if name in os.environ]
+    half = comm.Split(comm.rank % 2, comm.rank)
+    with make(half) as buffer:
+        check_step(buffer)
+    half.Free()
+
+
+def overlap(comm: Any) -> None:
+    """Rows arrive while nobody calls moecomm: `stats` looks and moves nothing."""
+    with make(comm, hidden=4096) as buffer:
+        check_step(buffer)
+        x, topk_idx = inputs(buffer, 2000)
+        pending = buffer.dispatch_async(x, topk_idx)
+        deadline = time.monotonic() + 60
+        while buffer.stats()["in_flight"]:
+            assert time.monotonic() < deadline, "nothing moves unless somebody waits"
+            time.sleep(0.001)
+        arrived = pending.wait()
+        assert torch.equal(buffer.combine(arrived.x, arrived.handle), 2 * x)
+        assert buffer.stats()["collectives"] > 0
+
+
+def own_traffic(comm: Any) -> None:
+    """The caller's messages, with any tag and from any rank, never meet those of moecomm."""
+    from mpi4py import MPI
+
+    with make(comm) as buffer:
+        box = np.zeros(1)
+        request = comm.Irecv(box, MPI.ANY_SOURCE, MPI.ANY_TAG)
+        for seed in range(5):
+            check_step(buffer, seed=seed)
+        assert not request.Test()
+        comm.Send(np.array([comm.rank + 1.0]), (comm.rank + 1) % comm.size, 7)
+        request.Wait()
+        assert box[0] == (comm.rank - 1) % comm.size + 1
+
+
+def ends(comm: Any) -> None:
+    """Closing waits for nobody and frees the communicator, the thread and the descriptors."""
+    import threading
+
+    def now() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    with make(comm) as buffer:
+        check_step(buffer)
+    before = now()
+    for seed in range(3):
+        buffer = make(comm)
+        check_step(buffer, seed=seed)
+        transport: Any = buffer._core.transport
+        comm.Barrier()
+        if comm.rank == 0:
+            buffer.close()
+            assert transport.comm.handle == type(comm)().handle, "freed"
+        comm.Barrier()  # only now the others close
+        buffer.close()
+        buffer.close()
+    deadline = time.monotonic() + 10
+    while now() != before:
+        assert time.monotonic() < deadline, f"{before} became {now()}"
+        time.sleep(0.01)
+
+
+def dropped(comm: Any) -> None:
+    """What is never waited for still reaches the others, also when its buffer is gone; then MPI ends as usual."""
+    buffer = make(comm, hidden=4096)
+    x, topk_idx = inputs(buffer, 2000)
+    if comm.rank == 0:
+        buffer.dispatch_async(x, topk_idx)
+        del buffer
+        gc.collect()
+    else:
+        out: Any = buffer.dispatch(x, topk_idx)
+        assert len(out.x) > 0
+        # and `buffer` is left open: it says goodbye when the process ends
+
+
+def many_in_flight(comm: Any) -> None:
+    """Several operations at once, waited for in another order, through two buffers in turn."""
+    with make(comm) as one, make(comm, hidden=5) as two:
+        sent = []
+        for seed in range(6):
+            buffer = two if seed % 2 else one
+            x, topk_idx = inputs(buffer, 10 + seed, seed)
+            sent.append((buffer, x, buffer.dispatch_async(x, topk_idx)))
+        pending = []
+        for buffer, x, dispatch in reversed(sent):
+            out = dispatch.wait()
+            pending.append((x, buffer.combine_async(out.x, out.handle)))
+        for x, combine in pending:
+            assert torch.equal(combine.wait(), 2 * x)
+
+
+def big(comm: Any) -> None:
+    """More than 2 GiB in one message: counts are in rows. What was not written is zero: its pages take no memory."""
+    from moecomm.transport.base import Lane
+
+    with make(comm) as buffer:
+        transport: Any = buffer._core.transport
+        counts = np.array([[0, NUM_BIG_ROWS], [3, 0]])
+        lane = Lane(
+            row_bytes=BIG_ROW_BYTES,
+            out_rows=counts.sum(0),
+            send_counts=counts[comm.rank],
+            send_starts=np.zeros(2, np.int64),
+            recv_counts=counts[:, comm.rank],
+        )
+        exchange = transport.open("big", [lane], agreed=False)
+        marks = [0, 1, 2047, 2048, NUM_BIG_ROWS - 1]  # around 2**31 bytes, and the ends
+        rows = exchange.target(0, 1 - comm.rank)
+        for row in marks if comm.rank == 0 else range(3):
+            rows[row] = 1 + row % 250
+        exchange.commit()
+        (out,) = exchange.wait()
+        assert out.shape == (NUM_BIG_ROWS if comm.rank else 3, BIG_ROW_BYTES)
+        for row in marks if comm.rank == 1 else range(3):
+            assert (out[row] == 1 + row % 250).all(), f"row {row}"
+        if comm.rank == 1:
+            assert out.numel() > 2**31
+            assert not out[[2, 1000, 2046, 2049, NUM_BIG_ROWS - 2]].any()
+
+
+class PretendedDevice:
+    """A device whose copies take three looks, and are made at the last one: whoever is early sends rubbish."""
+
+    def __init__(self) -> None:
+        self.most_at_once = self.num_marks = self.under_way = 0
+
+    def host(self, nbytes: int) -> Tensor:
+        return torch.full((nbytes,), 255, dtype=torch.uint8)
+
+    def mark(self) -> Any:
+        self.num_marks += 1
+        return self._after(lambda: None)
+
+    def start(self, dst: Tensor, src: Tensor) -> Any:
+        assert dst.shape == src.shape
+        self.under_way += 1
+        self.most_at_once = max(self.most_at_once, self.under_way)
+
+        def copy() -> None:
+            dst.copy_(src)
+            self.under_way -= 1
+
+        return self._after(copy)
+
+    def _after(self, action: Any) -> Any:
+        looks = iter(range(3))
+
+        def done() -> bool:
+            look = next(looks, None)
+            if look == 2:
+                action()
+            return look is None or look == 2
+
+        return done
+
+
+def staged(comm: Any) -> None:
+    """All cases of the conformance suite that differ in shape, through chunks of 100 bytes and two slots."""
+    from moecomm.testing import CASES
+    from moecomm.testing.conformance import run_conformance
+    from moecomm.transport import mpi
+
+    device = PretendedDevice()
+    mpi.copy_engine = lambda _: device  # type: ignore[assignment]
+    mpi.device_awareness = lambda *_: (False, "pretended")
+    mpi.Slots = partial(mpi.Slots, chunk_bytes=100, num_slots=2)  # type: ignore[misc,assignment]
+    cases = ("plain", "empty_rank", "all_to_one", "tiny_hidden", "ragged_tokens", "quantised_pair", "all_empty")
+    results = run_conformance(comm, "mpi", [CASES[name] for name in cases], rounds=3)
+    assert len(results) == 4 * len(cases)
+    for result in results:
+        assert result.ok, result.message
+    assert device.most_at_once == 4, "two slots in each direction, all in use"
+    assert device.num_marks > 0 and device.under_way == 0
+    with make(comm, hidden=300) as buffer:
+        check_step(buffer)
+        assert buffer.stats()["collectives"] == 0
+        assert buffer.stats()["staged_chunks"] > 0
+        assert buffer._core.transport.allocated_bytes > 0
+
+
+if __name__ == "__main__":
+    from mpi4py import MPI
+
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](MPI.COMM_WORLD)
+    print(f"{sys.argv[1]}: done\n", end="", flush=True)
