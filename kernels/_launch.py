@@ -33,7 +33,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, *
 
 
 def num_programs(work: int, like: Tensor, limit: int | None = None) -> int:
-    """Programs for `work` independent pieces: at most `limit`, which is 8 per multiprocessor unless told; at least 1."""
+    """Programs for `work` independent pieces: from 1 to `limit`, which is 8 per multiprocessor unless told."""
     if limit is None:
         if like.device.type == "cuda":
             limit = PROGRAMS_PER_SM * torch.cuda.get_device_properties(like.device).multi_processor_count

@@ -27,7 +27,8 @@ from moecomm.kernels.permute import permute, unpermute
 from moecomm.kernels.push import push, push_quantized
 from moecomm.kernels.quant import GROUP, dequantize, quantize
 from moecomm.kernels.receive import receive
-from moecomm.kernels.reduce import reduce, reduce_grad_rows, reduce_grad_weights
+from moecomm.kernels.reduce import reduce
+from moecomm.kernels.reduce_grad import reduce_grad_rows, reduce_grad_weights
 from moecomm.kernels.rows import Arriving, RowFormat
 from moecomm.kernels.sync import signal, wait
 from moecomm.kernels.wire import FIELDS, LATE, Link, Wire

@@ -148,12 +148,9 @@ def layout(
     grid = (wire.world + num_experts,)
     block_t = min(triton.next_power_of_2(max(16, num_tokens)), max(16, _BLOCK_ENTRIES // wire.top_k_p2))
     block_entries = min(triton.next_power_of_2(max(16, num_tokens * wire.top_k)), _BLOCK_ENTRIES)
-    tables = flat_of_expert, expert_begin
-    sizes = num_tokens, max_tokens, num_experts
+    inputs = topk_idx, topk_weights, flat_of_expert, expert_begin, num_tokens, max_tokens, num_experts
     blocks = {"BLOCK_T": block_t, "BLOCK_ENTRIES": block_entries}
-    launch(
-        _layout_kernel, grid, *out, status, topk_idx, topk_weights, *tables, *sizes, num_warps=8, WIRE=wire, **blocks
-    )
+    launch(_layout_kernel, grid, *out, status, *inputs, num_warps=8, WIRE=wire, **blocks)
     return out
 
 

@@ -44,19 +44,16 @@ class Received(NamedTuple):
 
 @triton.jit
 def _plan_groups(
-    starts, groups, base, align, num_rows, link, WIRE: tl.constexpr, LOCAL: tl.constexpr, LAYOUT: tl.constexpr
+    starts, groups, counts, align, num_rows, link, WIRE: tl.constexpr, LOCAL: tl.constexpr, LAYOUT: tl.constexpr
 ):
     """Write, for this program alone, where the run of each source begins in each group; then ends and tokens."""
     source = tl.arange(0, WIRE.world_p2)[:, None]
     local = tl.arange(0, WIRE.local_p2)[None, :]
-    place = base.to(tl.pointer_type(tl.int64)) + source * WIRE.counts_width + 1 + local
+    place = counts + source * WIRE.counts_width + 1 + local
     exists = (source < WIRE.world) & (local < LOCAL)
     count = tl.load(place, mask=exists, other=0).to(tl.int32)  # the stamp is in the upper half
     tokens = tl.sum(count, 0)
-    if LAYOUT == PADDED:
-        padded = tl.zeros_like(tokens) + align
-    else:
-        padded = (tokens + align - 1) // align * align
+    padded = tl.zeros_like(tokens) + align if LAYOUT == PADDED else (tokens + align - 1) // align * align
     local = tl.arange(0, WIRE.local_p2)
     padded = tl.where(local < LOCAL, padded, 0)
     ends = tl.cumsum(padded, 0)
@@ -74,6 +71,62 @@ def _plan_groups(
             needed, room = tl.max(ends, 0), num_rows
         if (needed > room) & (LAYOUT != RANK):
             tl.store(link.status + ROWS_NEEDED, needed)
+
+
+@triton.jit
+def _place_entries(
+    weights,
+    table,
+    starts,
+    meta,
+    source,
+    pair,
+    first_expert,
+    num_rows,
+    WIRE: tl.constexpr,
+    LOCAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """Write a pair's weights and its line of the table; the line, (top_k_p2,) int32."""
+    k = tl.arange(0, WIRE.top_k_p2)
+    line = tl.cast(pair, tl.int64) * WIRE.top_k + k
+    expert = tl.load(meta + k, mask=k < WIRE.top_k, other=-1) - first_expert
+    mine = (expert >= 0) & (expert < LOCAL) & (k < WIRE.top_k)
+    weight = tl.load(meta + 2 * WIRE.top_k + k, mask=mine, other=0).to(tl.float32, bitcast=True)
+    if LAYOUT == RANK:
+        row = tl.where(mine, expert, -1)
+        tl.store(weights + line, weight, mask=k < WIRE.top_k)
+    else:
+        run = tl.load(starts + source * WIRE.local_p2 + expert, mask=mine, other=0)
+        row = run + tl.load(meta + WIRE.top_k + k, mask=mine, other=0)
+        limit = tl.load(starts + WIRE.world_p2 * WIRE.local_p2 + expert, mask=mine, other=0)
+        row = tl.where(mine & (row < limit) & (row < num_rows), row, -1)
+        tl.store(weights + row, weight, mask=row >= 0)
+    tl.store(table + line, row, mask=k < WIRE.top_k)
+    return row
+
+
+@triton.jit
+def _copy_pair(out, out_scales, rows, at, pair, row, WIRE: tl.constexpr, ROW: tl.constexpr, LAYOUT: tl.constexpr):
+    """Copy a pair's row, and its scales, to the rows of its line of the table; in layout "rank" to row `pair`."""
+    WORD: tl.constexpr = out.dtype.element_ty
+    COPIES: tl.constexpr = 1 if LAYOUT == RANK else WIRE.top_k
+    k = tl.arange(0, WIRE.top_k_p2)
+    data = row_at(rows, at, WIRE.row_bytes, WORD, ROW.aligned)
+    for chunk in tl.static_range(0, ROW.chunks):
+        column = chunk * ROW.block + tl.arange(0, ROW.block)
+        value = tl.load(data + column, mask=column < ROW.words)  # row access
+        for j in tl.static_range(0, COPIES):
+            to = pair if LAYOUT == RANK else tl.sum(tl.where(k == j, row, 0), 0)
+            target = row_at(out.to(tl.int64), to, ROW.words * ROW.word_bytes, WORD, ROW.aligned)
+            tl.store(target + column, value, mask=used(column < ROW.words, to))  # row access
+    if ROW.scale_words > 0:
+        group = tl.arange(0, ROW.scale_p2)
+        data = row_at(rows + ROW.scale_offset, at, WIRE.row_bytes, tl.float32, True)
+        scale = tl.load(data + group, mask=group < ROW.scale_words)
+        for j in tl.static_range(0, COPIES):
+            to = pair if LAYOUT == RANK else tl.sum(tl.where(k == j, row, 0), 0)
+            tl.store(scales_at(out_scales, to, ROW), scale, mask=used(group < ROW.scale_words, to))
 
 
 @triton.jit(do_not_specialize=["first_expert", "align", "num_pairs", "num_rows"])
@@ -95,81 +148,43 @@ def _receive_kernel(
     LOCAL: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    WORD: tl.constexpr = out.dtype.element_ty
-    TOP_K: tl.constexpr = WIRE.top_k
-    program, step = tl.program_id(0), tl.num_programs(0)
     sequence = tl.load(link.state)
-    if wait_for_all(link, sequence, WIRE):
-        generation = sequence & 1
-        rows_base = area_of(link, generation, ROWS, link.rank, WIRE)
-        meta_base = area_of(link, generation, META, link.rank, WIRE)
-        counts_base = area_of(link, generation, COUNTS, link.rank, WIRE)
-        starts = scratch + program * ((WIRE.world_p2 + 2) * WIRE.local_p2)
-        _plan_groups(starts, groups, counts_base, align, num_rows, link, WIRE, LOCAL, LAYOUT)
-        sources = tl.arange(0, WIRE.world_p2)
-        place = counts_base.to(tl.pointer_type(tl.int64)) + sources * WIRE.counts_width
-        pairs = tl.load(place, mask=sources < WIRE.world, other=0).to(tl.int32)
-        pair_ends = tl.cumsum(pairs, 0)
-        total = tl.sum(pairs, 0)
-        if (program == 0) & (total > num_pairs):
-            tl.store(link.status + ROWS_NEEDED, total)
-        k = tl.arange(0, WIRE.top_k_p2)
-        for pair in range(program, num_pairs, step):
-            first = tl.cast(pair, tl.int64) * TOP_K
-            if pair < total:
-                source = tl.sum(((pair_ends <= pair) & (sources < WIRE.world)).to(tl.int32), 0)
-                slot = pair - tl.sum(tl.where(sources < source, pairs, 0), 0)
-                at = source * link.max_tokens + slot
-                meta = row_at(meta_base, at, 4 * WIRE.meta_words, tl.int32, True)
-                expert = tl.load(meta + k, mask=k < TOP_K, other=-1) - first_expert
-                mine = (expert >= 0) & (expert < LOCAL) & (k < TOP_K)
-                number = tl.load(meta + TOP_K + k, mask=mine, other=0)
-                weight = tl.load(meta + 2 * TOP_K + k, mask=mine, other=0).to(tl.float32, bitcast=True)
-                if LAYOUT == RANK:
-                    row = tl.where(mine, expert, -1)
-                    tl.store(weights + first + k, weight, mask=k < TOP_K)
-                else:
-                    run = tl.load(starts + source * WIRE.local_p2 + expert, mask=mine, other=0)
-                    row = run + number
-                    limit = tl.load(starts + WIRE.world_p2 * WIRE.local_p2 + expert, mask=mine, other=0)
-                    row = tl.where(mine & (row < limit) & (row < num_rows), row, -1)
-                    tl.store(weights + row, weight, mask=row >= 0)
-                tl.store(table + first + k, row, mask=k < TOP_K)
-                tl.store(origin + pair, at)
-                tl.store(origin + num_pairs + pair, tl.load(meta + 3 * TOP_K))
-                data = row_at(rows_base, at, WIRE.row_bytes, WORD, ROW.aligned)
-                for chunk in tl.static_range(0, ROW.chunks):
-                    column = chunk * ROW.block + tl.arange(0, ROW.block)
-                    inside = column < ROW.words
-                    value = tl.load(data + column, mask=inside)  # row access
-                    if LAYOUT == RANK:
-                        target = row_at(out.to(tl.int64), pair, ROW.words * ROW.word_bytes, WORD, ROW.aligned)
-                        tl.store(target + column, value, mask=inside)  # row access
-                    else:
-                        for j in tl.static_range(0, TOP_K):
-                            to = tl.sum(tl.where(k == j, row, 0), 0)
-                            target = row_at(out.to(tl.int64), to, ROW.words * ROW.word_bytes, WORD, ROW.aligned)
-                            tl.store(target + column, value, mask=used(inside, to))  # row access
-                if ROW.scale_words > 0:
-                    group = tl.arange(0, ROW.scale_p2)
-                    inside = group < ROW.scale_words
-                    data = row_at(rows_base + ROW.scale_offset, at, WIRE.row_bytes, tl.float32, True)
-                    scale = tl.load(data + group, mask=inside)
-                    if LAYOUT == RANK:
-                        tl.store(scales_at(out_scales, pair, ROW), scale, mask=inside)
-                    else:
-                        for j in tl.static_range(0, TOP_K):
-                            to = tl.sum(tl.where(k == j, row, 0), 0)
-                            tl.store(scales_at(out_scales, to, ROW), scale, mask=used(inside, to))
-            else:
-                tl.store(table + first + k, tl.full((WIRE.top_k_p2,), -1, tl.int32), mask=k < TOP_K)
-                tl.store(origin + pair, -1)
-                tl.store(origin + num_pairs + pair, -1)
-                if LAYOUT == RANK:
-                    tl.store(weights + first + k, tl.zeros((WIRE.top_k_p2,), tl.float32), mask=k < TOP_K)
-        if LAYOUT == EXPERT:
-            ends = starts + WIRE.world_p2 * WIRE.local_p2
-            zero_padding(out, out_scales, weights, ends, ends + WIRE.local_p2, align, num_rows, ROW, LOCAL)
+    if wait_for_all(link, sequence, WIRE) == 0:
+        return
+    generation = sequence & 1
+    rows = area_of(link, generation, ROWS, link.rank, WIRE)
+    meta_area = area_of(link, generation, META, link.rank, WIRE)
+    counts = area_of(link, generation, COUNTS, link.rank, WIRE).to(tl.pointer_type(tl.int64))
+    starts = scratch + tl.program_id(0) * ((WIRE.world_p2 + 2) * WIRE.local_p2)
+    _plan_groups(starts, groups, counts, align, num_rows, link, WIRE, LOCAL, LAYOUT)
+    sources = tl.arange(0, WIRE.world_p2)
+    pairs = tl.load(counts + sources * WIRE.counts_width, mask=sources < WIRE.world, other=0).to(tl.int32)
+    ends = tl.cumsum(pairs, 0)
+    total = tl.sum(pairs, 0)
+    if (tl.program_id(0) == 0) & (total > num_pairs):
+        tl.store(link.status + ROWS_NEEDED, total)
+    for pair in range(tl.program_id(0), num_pairs, tl.num_programs(0)):
+        if pair < total:
+            source = tl.sum(((ends <= pair) & (sources < WIRE.world)).to(tl.int32), 0)
+            at = source * link.max_tokens + pair - tl.sum(tl.where(sources < source, pairs, 0), 0)
+            meta = row_at(meta_area, at, 4 * WIRE.meta_words, tl.int32, True)
+            row = _place_entries(
+                weights, table, starts, meta, source, pair, first_expert, num_rows, WIRE, LOCAL, LAYOUT
+            )
+            tl.store(origin + pair, at)
+            tl.store(origin + num_pairs + pair, tl.load(meta + 3 * WIRE.top_k))
+            _copy_pair(out, out_scales, rows, at, pair, row, WIRE, ROW, LAYOUT)
+        else:
+            k = tl.arange(0, WIRE.top_k_p2)
+            line = tl.cast(pair, tl.int64) * WIRE.top_k + k
+            tl.store(table + line, tl.full((WIRE.top_k_p2,), -1, tl.int32), mask=k < WIRE.top_k)
+            tl.store(origin + pair, -1)
+            tl.store(origin + num_pairs + pair, -1)
+            if LAYOUT == RANK:
+                tl.store(weights + line, tl.zeros((WIRE.top_k_p2,), tl.float32), mask=k < WIRE.top_k)
+    if LAYOUT == EXPERT:
+        group_ends = starts + WIRE.world_p2 * WIRE.local_p2
+        zero_padding(out, out_scales, weights, group_ends, group_ends + WIRE.local_p2, align, num_rows, ROW, LOCAL)
 
 
 def receive(
@@ -184,9 +199,9 @@ def receive(
 ) -> Received:
     """Wait for the pushes of all ranks and bring their rows into a layout.
 
-    Rows are sorted by (local expert, source rank, source token, k). In layout "expert" each expert's group is padded with
-    zero rows to a multiple of `align`; in layout "padded" it has room for exactly `align` rows, undefined beyond its
-    tokens; layout "rank" is one row per pair, sorted by (source rank, token). What does not fit is left out and
+    Rows are sorted by (local expert, source rank, source token, k). In layout "expert" each expert's group is padded
+    with zero rows to a multiple of `align`; in layout "padded" it has room for exactly `align` rows, undefined beyond
+    its tokens; layout "rank" is one row per pair, sorted by (source rank, token). What does not fit is left out and
     `link.status` says how many rows were needed. If the wait gives up nothing is read and results are undefined.
 
     Args:
@@ -244,55 +259,49 @@ def receive_ref(
     """`receive` in plain torch, sorting instead of counting; the buffer must be CPU memory of this process."""
     wire, _, _, out = _prepare(rows, experts, num_pairs, num_rows, layout, align)
     values, scales = rows._replace(wire_row=None).read()
-    link, (first, count), top_k = rows.link, experts, wire.top_k
-    if int(link.status[int(STALLED)]):
+    (first, count), top_k, by_pair = experts, wire.top_k, num_pairs if layout == "rank" else 0
+    if int(rows.link.status[int(STALLED)]):
         return out
-    generation = int(link.state[0]) & 1
-    base = int(link.peers[generation, int(META), link.rank])
-    meta = view_memory(base, (wire.world * link.max_tokens, wire.meta_words), torch.int32)
-    base = int(link.peers[generation, int(COUNTS), link.rank])
-    pairs = (view_memory(base, (wire.world, wire.counts_width), torch.int64)[:, 0] & 0xFFFFFFFF).tolist()
-    places = [source * link.max_tokens + slot for source in range(wire.world) for slot in range(pairs[source])]
-    for filled in (out.table, out.wire_row, out.token):
-        filled.fill_(-1)
-    if layout == "rank":
-        out.weights.zero_()
+    meta, places = _arrived_ref(rows)
+    for filled, value in ((out.table, -1), (out.wire_row, -1), (out.token, -1), (out.weights[:by_pair], 0)):
+        filled.fill_(value)
     members: list[list[tuple[int, int]]] = [[] for _ in range(count)]
     for pair, at in enumerate(places):
         out.wire_row[pair], out.token[pair] = at, meta[at, 3 * top_k]
+        if by_pair:
+            _copy_row_ref(out, pair, values, scales, at)
         for k, expert in enumerate((meta[at, :top_k] - first).tolist()):
             if 0 <= expert < count:
                 members[expert].append((pair, k))
     weights = meta[:, 2 * top_k : 3 * top_k].clone().view(torch.float32)
-    row = 0
+    end = 0
     for expert, entries in enumerate(members):
-        begin = expert * align if layout == "padded" else row
-        for at, (pair, k) in enumerate(entries):
+        begin, room = end, align if layout == "padded" else -(-len(entries) // align) * align
+        end = begin + room
+        out.groups[0, expert], out.groups[1, expert] = end, len(entries)
+        for row, (pair, k) in enumerate(entries, begin):
             weight = weights[places[pair], k]
-            if layout == "rank":
+            if by_pair:
                 out.table[pair, k], out.weights[pair, k] = expert, weight
-                continue
-            row = begin + at
-            if row >= num_rows or (layout == "padded" and at >= align):
-                continue
-            out.table[pair, k], out.weights[row] = row, weight
-            _copy_bytes(out.x, row, values, places[pair])
-            if out.scales is not None:
-                _copy_bytes(out.scales, row, scales, places[pair])
-        row = begin + (align if layout == "padded" else -(-len(entries) // align) * align)
-        out.groups[0, expert], out.groups[1, expert] = row, len(entries)
-    if layout == "rank":
-        for pair, at in enumerate(places):
-            _copy_bytes(out.x, pair, values, at)
-            if out.scales is not None:
-                _copy_bytes(out.scales, pair, scales, at)
-    if layout == "expert":
-        padding = padding_rows(out.groups, align)
-        padding = padding[padding < num_rows]
-        for part in (out.x.view(torch.uint8), out.scales, out.weights):
-            if part is not None:
-                part[padding] = 0
+            elif row < min(end, num_rows):
+                out.table[pair, k], out.weights[row] = row, weight
+                _copy_row_ref(out, row, values, scales, places[pair])
+    padding = padding_rows(out.groups, align) if layout == "expert" else out.table.new_empty(0)
+    padding = padding[padding < num_rows].long()
+    for part in (out.x.view(torch.uint8), out.scales, out.weights):
+        if part is not None:
+            part[padding] = 0
     return out
+
+
+def _arrived_ref(rows: Arriving) -> tuple[Tensor, list[int]]:
+    """Metadata of all slots, and the places of those in use, sorted by (source rank, token)."""
+    link, wire = rows.link, rows.wire
+    area = link.peers[int(link.state[0]) & 1, :, link.rank]
+    meta = view_memory(int(area[int(META)]), (wire.world * link.max_tokens, wire.meta_words), torch.int32)
+    counts = view_memory(int(area[int(COUNTS)]), (wire.world, wire.counts_width), torch.int64)
+    pairs = (counts[:, 0] & 0xFFFFFFFF).tolist()
+    return meta, [source * link.max_tokens + slot for source in range(wire.world) for slot in range(pairs[source])]
 
 
 def _prepare(
@@ -315,5 +324,7 @@ def _prepare(
     return wire, device, row, Received(x, scales, weights, table, wire_row, token, groups)
 
 
-def _copy_bytes(target: Tensor, row: int, source: Tensor, at: int) -> None:
-    target[row].view(torch.uint8).copy_(source[at].view(torch.uint8))
+def _copy_row_ref(out: Received, row: int, values: Tensor, scales: Tensor, at: int) -> None:
+    out.x[row].view(torch.uint8).copy_(values[at].view(torch.uint8))
+    if out.scales is not None:
+        out.scales[row] = scales[at]

@@ -46,7 +46,7 @@ def signal_when_all_arrived(link, sequence, WIRE: tl.constexpr):
 
 @triton.jit
 def wait_for_all(link, sequence, WIRE: tl.constexpr):
-    """Poll until every rank has signalled `sequence`; 1 if they have, 0 (and the late ones noted) after too many polls."""
+    """Poll until every rank has signalled `sequence`; 1 if they have, 0 (late ones noted) after too many polls."""
     source = tl.arange(0, WIRE.world_p2)
     exists = source < WIRE.world
     words = area_of(link, 0, SIGNALS, link.rank, WIRE).to(tl.pointer_type(tl.int64)) + source

@@ -147,18 +147,21 @@ def make_link(peers: Tensor, rank: int, max_tokens: int, max_spins: int = 1 << 2
 
 
 def loopback(
-    wire: Wire, max_tokens: int, num_rows: int | None = None, device: str = "cpu", max_spins: int = 1000
+    wire: Wire, max_tokens: int, num_rows: int | None = None, memory: Tensor | None = None, max_spins: int = 1000
 ) -> tuple[list[Link], Tensor]:
-    """Links of W ranks in this one process, and the memory behind them: (W, bytes) uint8, zero.
+    """Links of W ranks in this one process, and the memory behind them: (W, bytes) uint8, zero; made unless given.
 
     >>> wire = Wire.of(world=2, top_k=1, max_local=1, row_bytes=16)
     >>> links, memory = loopback(wire, max_tokens=3)
     >>> [link.rank for link in links], memory.shape
     ([0, 1], torch.Size([2, 1792]))
     """
-    memory = torch.zeros(wire.world, buffer_bytes(wire, max_tokens, num_rows), dtype=torch.uint8, device=device)
+    shape = wire.world, buffer_bytes(wire, max_tokens, num_rows)
+    if memory is None:
+        memory = torch.zeros(shape, dtype=torch.uint8)
+    assert memory.shape == shape, f"memory has shape {tuple(memory.shape)}, expected {shape}"
     bases = [rank_memory.data_ptr() for rank_memory in memory]
-    peers = peer_table(bases, wire, max_tokens, num_rows).to(device)
+    peers = peer_table(bases, wire, max_tokens, num_rows).to(memory.device)
     return [make_link(peers, rank, max_tokens, max_spins) for rank in range(wire.world)], memory
 
 

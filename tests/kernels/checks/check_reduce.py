@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from moecomm.kernels.push import push
-from moecomm.kernels.reduce import (
-    reduce,
+from moecomm.kernels.reduce import reduce, reduce_ref
+from moecomm.kernels.reduce_grad import (
     reduce_grad_rows,
     reduce_grad_rows_ref,
     reduce_grad_weights,
     reduce_grad_weights_ref,
-    reduce_ref,
 )
 from moecomm.kernels.rows import Arriving, RowFormat
 from torch import Tensor

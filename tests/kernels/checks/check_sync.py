@@ -19,7 +19,7 @@ from moecomm.kernels.sync import (
     wait,
     wait_ref,
 )
-from moecomm.kernels.wire import Link, Wire, loopback
+from moecomm.kernels.wire import Link, Wire, buffer_bytes, loopback
 
 from tests.kernels.checks.worlds import DEVICE
 
@@ -29,7 +29,8 @@ cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="references read CPU memor
 
 def linked(world: int, max_spins: int = 4) -> tuple[list[Link], Wire, torch.Tensor]:
     wire = Wire.of(world, top_k=1, max_local=1, row_bytes=16)
-    links, memory = loopback(wire, max_tokens=2, device=DEVICE, max_spins=max_spins)
+    memory = torch.zeros(world, buffer_bytes(wire, max_tokens=2), dtype=torch.uint8, device=DEVICE)
+    links, memory = loopback(wire, max_tokens=2, memory=memory, max_spins=max_spins)
     return links, wire, memory[:, -256:].view(torch.int64)[:, :world]
 
 

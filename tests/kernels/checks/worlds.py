@@ -15,7 +15,7 @@ from moecomm.kernels.push import push
 from moecomm.kernels.receive import Received, receive
 from moecomm.kernels.reduce import reduce
 from moecomm.kernels.rows import Arriving, RowFormat
-from moecomm.kernels.wire import BAD_ID, LATE, ROWS_NEEDED, STALLED, Link, Wire, loopback
+from moecomm.kernels.wire import BAD_ID, LATE, ROWS_NEEDED, STALLED, Link, Wire, buffer_bytes, loopback
 from torch import Tensor
 
 from moecomm import reference
@@ -36,6 +36,8 @@ class World:
     max_tokens: int
     row_bytes: int
     source_sums: bool = False  # combine with reduce="source"
+    shared: Tensor | None = None  # (bytes,) uint8 memory to use the first bytes of
+    max_spins: int = 1000
     wire: Wire = field(init=False)
     links: list[Link] = field(init=False)
     memory: Tensor = field(init=False)
@@ -46,7 +48,12 @@ class World:
         held = self.placement.experts_of_rank
         self.wire = Wire.of(len(held), self.top_k, max(map(len, held)), self.row_bytes)
         num_rows = self.max_tokens * max(len(held), self.top_k) if self.source_sums else None
-        self.links, self.memory = loopback(self.wire, self.max_tokens, num_rows, DEVICE)
+        shape = len(held), buffer_bytes(self.wire, self.max_tokens, num_rows)
+        if self.shared is None:
+            self.memory = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
+        else:
+            self.memory = self.shared[: shape[0] * shape[1]].view(shape)
+        self.links, _ = loopback(self.wire, self.max_tokens, num_rows, self.memory, self.max_spins)
         order = torch.tensor(self.placement.flat_experts)
         self.flat_of_expert = torch.empty(len(order), dtype=torch.int32)
         self.flat_of_expert[order] = torch.arange(len(order), dtype=torch.int32)

@@ -1,0 +1,100 @@
+"""One rank of a world of processes over shared memory, whose kernels wait for real signals.
+
+    python -m tests.kernels.checks.rank_process RANK WORLD FD BYTES_PER_RUN ROUNDS NAME... [--silent-from ROUND]
+
+Every run (a case, or `case/source`) has its own part of the memory. Nothing but the kernels' own signals keeps the
+ranks in step. Each rank compares what it got with the oracle, and prints `rank R: ok` at the end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import random
+import sys
+import time
+
+import torch
+from moecomm.kernels.combine import push_reduced
+from moecomm.kernels.push import push
+from moecomm.kernels.receive import receive
+from moecomm.kernels.reduce import reduce
+from moecomm.kernels.rows import RowFormat
+
+from moecomm import reference
+from moecomm.testing.asserts import assert_bitwise
+from moecomm.testing.cases import CASES, Case
+from tests.kernels.checks.conftest import check_overflow, hurry
+from tests.kernels.checks.worlds import World, compare_dispatch, entry_rows, row_bytes_of
+
+MAX_SPINS = 1_000_000
+
+
+def play(case: Case, world: World, rank: int, round: int) -> None:
+    """One dispatch and one combine, as rank `rank`; the other ranks do theirs in other processes."""
+    ranks = range(world.wire.world)
+    routings = [case.routing(peer, round, world.wire.world) for peer in ranks]
+    xs = [case.payload(peer, round) for peer in ranks]
+    weights = [w for _, w in routings] if case.has_weights else None
+    scales = [case.scales(peer, round) for peer in ranks] if case.scale_columns else None
+    expected = reference.dispatch(
+        xs, [ids for ids, _ in routings], weights, placement=world.placement, align=case.align, scales=scales
+    )
+    link, what = world.links[rank], f"{case.name}, round {round}, rank {rank}"
+    sent = world.lay_out(rank, *routings[rank])
+    dawdle()
+    push(xs[rank], sent, link, wire=world.wire, scales=None if scales is None else scales[rank])
+    got = receive(
+        world.arriving(rank, RowFormat(case.hidden, case.dtype, case.scale_columns)),
+        experts=world.experts(rank),
+        num_pairs=world.wire.world * world.max_tokens,
+        num_rows=expected[rank].x.shape[0],
+        align=case.align,
+    )
+    assert not link.status.any(), f"{what}: status {link.status.tolist()}"
+    compare_dispatch(got, expected[rank], what)
+
+    made = [case.values("rows", peer, round, expected[peer].x.shape[0]) for peer in ranks]
+    biases = [case.values("bias", peer, round, case.num_tokens(peer, round)) for peer in ranks]
+    wanted = reference.combine(made, expected, reduce="source" if world.source_sums else "rank", biases=biases)
+    dawdle()
+    row_weights = None if world.source_sums else got.weights
+    home = got.table, row_weights, got.wire_row, got.token, link
+    push_reduced(made[rank], *home, wire=world.wire, each=world.source_sums)
+    table, by_entry = entry_rows(sent, world.top_k) if world.source_sums else (sent.pair_row, None)
+    y = reduce(world.arriving(rank, RowFormat(case.hidden, case.combine_dtype)), table, by_entry, biases[rank])
+    assert not link.status.any(), f"{what}: status {link.status.tolist()}"
+    assert_bitwise(y, wanted[rank], f"{what}: combined")
+
+
+def dawdle() -> None:
+    """Be late now and then, so that ranks overtake each other."""
+    if random.random() < 0.3:
+        time.sleep(random.random() * 0.05)
+
+
+def main() -> None:
+    """Play all runs, then say that all was well."""
+    rank, world_size, fd, run_bytes, rounds, silent_from, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    hurry()
+    check_overflow(False)
+    random.seed(int(rank))
+    memory = torch.frombuffer(mmap.mmap(int(fd), 0), dtype=torch.uint8)
+    for number, name in enumerate(names):
+        case_name, _, source = name.partition("/")
+        case = CASES[case_name]
+        part = memory[number * int(run_bytes) : (number + 1) * int(run_bytes)]
+        spins = MAX_SPINS if int(silent_from) < 0 else 2000
+        tokens = max(case.max_tokens_per_rank, 1)
+        world = World(
+            case.placement(int(world_size)), case.top_k, tokens, row_bytes_of(case), bool(source), part, spins
+        )
+        for round in range(int(rounds)):
+            if round == int(silent_from) and int(rank) == int(world_size) - 1:
+                return
+            play(case, world, int(rank), round)
+    print(f"rank {rank}: ok", flush=True)
+
+
+if __name__ == "__main__":
+    main()
