@@ -246,7 +246,7 @@ def receive(
     return out._replace(wire_row=origin[0], token=origin[1])
 
 
-def receive_ref(
+def receive_ref(  # noqa: C901 - the slow reading, branch by branch
     rows: Arriving,
     *,
     experts: tuple[int, int],
