@@ -108,6 +108,12 @@ class Trial:
         self.align = case.align if layout == "expert" else 1
         self.sums = buffer.config.dtype == case.combine_dtype
         self.has_gradients = case.dtype == case.combine_dtype and not case.extreme
+        self.node_of_rank: list[int] | None = None
+        if buffer.transport == "hierarchical":
+            nodes = range(buffer.topology.num_nodes)
+            self.node_of_rank = [
+                n for r in range(self.world_size) for n in nodes if r in buffer.topology.ranks_of_node(n)
+            ]
         self.kept: list[tuple[str, Tensor, Tensor]] = []
         self.num_compared = 0
 
@@ -167,7 +173,7 @@ class Trial:
         else:
             y = self.buffer.combine(self._on(mine), handle, weighted=weighted, bias=bias)
         self.checks.bitwise(mine, before, f"{what}: the rows given to combine")
-        should = reference.combine(rows, expected, reduce=self.reduce, weighted=weighted, biases=biases)[self.rank]
+        should = self._combined(rows, sent.sheet, weighted, biases)
         self.checks.bitwise(y, should, what, origin=lambda row: f"token {row}")
         self.kept.append((what, y, should))
 
@@ -206,7 +212,7 @@ class Trial:
         idx, _ = self._routing(sheet)
         out = self.buffer.dispatch(leaf, self._on(idx), layout=self.layout, align=self.align)
         (d_x,) = torch.autograd.grad(out.x, leaf, self._on(mine))
-        should = reference.combine(grads, sheet.expected, reduce=self.reduce, weighted=False)[self.rank]
+        should = self._combined(grads, sheet, False, None)
         self.checks.bitwise(d_x, should, f"round {round}: gradient of dispatch alone", lambda row: f"token {row}")
 
     def _gradient_of_rows(self, dys: list[Tensor], sheet: Sheet) -> Tensor:
@@ -275,6 +281,17 @@ class Trial:
         """Results belong to the caller: no later call has changed them."""
         for what, actual, expected in self.kept:
             self.checks.bitwise(actual, expected, f"{what}, looked at again after the last round")
+
+    def _combined(self, rows: list[Tensor], sheet: Sheet, weighted: bool | None, biases: list[Tensor] | None) -> Tensor:
+        everybody = reference.combine(
+            rows,
+            sheet.expected,
+            reduce=self.reduce,
+            weighted=weighted,
+            biases=biases,
+            node_of_rank=self.node_of_rank,
+        )
+        return everybody[self.rank]
 
     def _routing(self, sheet: Sheet) -> tuple[Tensor, Tensor | None]:
         """Copies, so that whatever is done to them does not reach the oracle's."""

@@ -210,6 +210,25 @@ def test_sums_run_in_ascending_k_and_rank() -> None:
     assert combine(rows, out, reduce="rank", biases=bias)[0].item() == 0.0, "the bias comes first: (1 + big) - big"
 
 
+def test_nodes_add_one_level_of_rounding() -> None:
+    # One token with an expert on each of four ranks; `tiny` is lost wherever it meets 1 in bfloat16.
+    tiny = torch.finfo(torch.bfloat16).eps / 4
+    placement = ExpertPlacement.uniform(4, 4)
+    xs, idxs = (
+        [torch.ones(1, 1)] + [torch.empty(0, 1)] * 3,
+        [torch.tensor([[0, 1, 2, 3]])] + [torch.empty(0, 4).long()] * 3,
+    )
+    for layout in ("expert", "rank"):
+        out = dispatch(xs, idxs, placement=placement, layout=layout)
+        rows = [torch.tensor([[value]]).bfloat16() for value in (1.0, tiny, -1.0, tiny)]
+        assert combine(rows, out)[0].item() == 2 * tiny, "no nodes: nothing is rounded before the end"
+        assert combine(rows, out, node_of_rank=[0, 0, 1, 1])[0].item() == tiny / 2, (
+            "1 + tiny is 1; -1 + tiny is nearer 0"
+        )
+        assert combine(rows, out, node_of_rank=[0, 1, 0, 1])[0].item() == 2 * tiny, "(1 - 1) + (tiny + tiny)"
+        assert combine(rows, out, node_of_rank=[0, 1, 2, 3])[0].item() == 2 * tiny, "each rank its own node"
+
+
 def test_signed_zeros() -> None:
     placement = ExpertPlacement.uniform(2, 2)
     xs, idxs = [torch.ones(2, 1), torch.empty(0, 1)], [torch.tensor([[0], [-1]]), torch.empty(0, 1).long()]
