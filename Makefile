@@ -10,7 +10,7 @@ ARGS ?=
 
 DEMO_RANKS ?= 4
 DEMO_LAYER_ARGS ?=
-DEMO_TRAIN_ARGS ?=
+DEMO_TRAIN_ARGS ?= --ep $(DEMO_RANKS) --steps 100
 BENCH_RANKS ?= 4
 BENCH_ARGS ?=
 
@@ -38,7 +38,7 @@ setup: $(STAMP)  ## make the virtual environment and install moecomm into it
 
 demo: $(STAMP)  ## one MoE layer on 4 processes, checked; then train a small model
 	$(TORCHRUN) --nproc-per-node $(DEMO_RANKS) examples/moe_layer.py $(DEMO_LAYER_ARGS)
-	$(PY) examples/train_moe_lm.py $(DEMO_TRAIN_ARGS)
+	$(TORCHRUN) --nproc-per-node $(DEMO_RANKS) examples/train_moe_lm.py $(DEMO_TRAIN_ARGS)
 
 test: $(STAMP)  ## the whole test suite
 	$(PY) -m pytest $(ARGS)
