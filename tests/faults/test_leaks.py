@@ -105,10 +105,10 @@ def keep_going(world: World, transport: str) -> dict[str, Any]:
             buffer.dispatch_async(x.detach(), topk_idx, weights)  # dropped
             assert catch(lambda: buffer.dispatch(x.half(), topk_idx)).error.rank == world.rank  # noqa: B023
 
-    work(0, 100)  # gloo and the allocator take what they need
+    work(0, 300)  # gloo takes more memory for its first two thousand collectives, also without moecomm
     open_before, shared_before = belongings(), shared_bytes()
     objects_before, bytes_before = len(gc.get_objects()), resident_bytes()
-    work(100, 200)
+    work(300, 400)
     open_after, shared_after = belongings(), shared_bytes()
     objects_after, bytes_after = len(gc.get_objects()), resident_bytes()
     operations = sum(buffer.stats()[name] for name in ("dispatches", "replays", "combines"))
@@ -139,7 +139,7 @@ def shared_bytes() -> int:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_hundreds_of_operations_take_nothing_more(nursery: Nursery, transport: str) -> None:
     for told in results_of(nursery.run(keep_going, 2, transport, timeout_s=90.0)):
-        assert told["operations"] > 1000
+        assert told["operations"] > 2000
         assert told["open"] == {}
         assert told["grown"] < MEBI / 2, f"{told['grown']} bytes more after 500 operations"
         assert told["objects"] < 100, f"{told['objects']} objects more after 500 operations"
