@@ -77,7 +77,7 @@ def write_png(path: Path, curve: Sequence[Step], name: str, comparison: Comparis
     if comparison:
         axes[0].plot(comparison.other, "k:", label=comparison.name)
         axes[1].plot(comparison.differences, ".", markersize=3)
-        axes[1].set(ylabel="relative difference")
+        axes[1].set(ylabel="relative difference", ylim=(0, 1.1 * max(1e-7, *comparison.differences)))
     axes[0].legend()
     axes[-1].set(xlabel="step")
     figure.savefig(path, dpi=120)

@@ -28,8 +28,7 @@ from moecomm.transport.base import Support, TransportOptions
 
 T = TypeVar("T")
 
-# Buffers, and operations under way. It starts anywhere: a handle of another process is nobody's here.
-_ids = itertools.count(secrets.randbits(40) << 20)
+_operations = itertools.count()  # numbers of those under way
 _PAGE_BYTES = 4096
 _DEFAULT_TIMEOUT_S = 60.0  # to tell the others of arguments that have none
 
@@ -106,7 +105,7 @@ class Buffer:
         topology: Topology | None = None,
     ) -> None:
         self._group = Group.resolve(group)
-        self._id = next(_ids)
+        self._id = secrets.randbits(62)  # no other process has it, so its handles are nobody's here
         given = configure(
             self._group.rank,
             self._group.size,
@@ -282,7 +281,7 @@ class Buffer:
 
     def _start(self, start: Any, *args: Any) -> int:
         """Start an operation now; the number under which its autograd operator will find it."""
-        number = next(_ids)
+        number = next(_operations)
         with torch.no_grad(), self._core.guarded():
             self._core.started[number] = start(self._core, *args)
         return number

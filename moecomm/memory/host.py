@@ -35,7 +35,7 @@ class HostMemory:
     def __init__(self, fd: int, nbytes: int) -> None:
         try:
             self._map = mmap.mmap(fd, nbytes)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise CapacityError(
                 "cannot map shared memory",
                 got=f"{nbytes} bytes ({error})",
@@ -53,7 +53,7 @@ class HostMemory:
             os.ftruncate(fd, nbytes)
             # Nobody can shrink it under a peer's feet, which would be a SIGBUS there.
             fcntl.fcntl(fd, _ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             os.close(fd)
             raise CapacityError(
                 "cannot reserve shared memory", got=f"{nbytes} bytes ({error})", remedy="lower max_tokens_per_rank"
@@ -74,7 +74,7 @@ class SegmentPool:
     """
 
     def __init__(self, memory: HostMemory, num_segments: int) -> None:
-        self._memory = memory
+        self._memory: HostMemory | None = memory
         self.segment_bytes = memory.nbytes // num_segments
         self._free = set(range(num_segments))
         self.num_leases = 0
@@ -94,8 +94,13 @@ class SegmentPool:
         """Say that nobody uses the segment any more."""
         self._free.add(segment)
 
+    def close(self) -> None:
+        """Let go of the memory: it goes away with the last tensor that was leased."""
+        self._memory = None
+
     def lease(self, segment: int, offset: int, nbytes: int) -> Tensor:
         """A uint8 tensor in a taken segment; the segment comes back when the tensor's storage dies."""
+        assert self._memory is not None, "the pool is closed"
         tensor, exporter = self._memory.lease(segment * self.segment_bytes + offset, nbytes)
         weakref.finalize(exporter, self.give_back, segment).atexit = False
         self.num_leases += 1

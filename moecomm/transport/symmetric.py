@@ -86,6 +86,7 @@ class SymmetricTransport(Transport):
     def close(self) -> None:
         self.channel.close()
         self._memory_of.clear()
+        self.pool.close()
 
     def abort(self, error: MoECommError) -> None:
         self.channel.abort(error)
