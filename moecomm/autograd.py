@@ -44,6 +44,25 @@ def _run(core: Core, started: int, start: Any) -> Any:
         return (core.started.pop(started) if started >= 0 else start())()
 
 
+def nobody_watches(*tensors: Tensor | None) -> bool:
+    """Whether an operation may skip its operator: no gradient is recorded, and nothing traces or intercepts.
+
+    The layers around an operator cost more than the planning of a few tokens (docs/design/latency.md).
+
+    >>> nobody_watches(torch.zeros(1), None), nobody_watches(torch.zeros(1, requires_grad=True))
+    (True, False)
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(t is None or (type(t) in _PLAIN and not (grad and t.requires_grad)) for t in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _handle(tensors: Sequence[Tensor], layout: str, align: int, buffer_id: int) -> DispatchHandle:
     named = dict(zip(HANDLE_TENSORS, tensors, strict=True))
     return DispatchHandle(**named, layout=layout, align=align, buffer_id=buffer_id)
@@ -56,8 +75,7 @@ def _payloads(x: Tensor, scales: Tensor | None) -> list[Tensor]:
 # -- dispatch ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("moecomm::dispatch", mutates_args=())
-def dispatch(
+def dispatch_now(
     x: Tensor,
     scales: Tensor | None,
     topk_idx: Tensor,
@@ -100,6 +118,9 @@ def _unit_weights(planned: Planned, layout: str) -> Tensor:
     weights = torch.ones(arrived.rows.shape[0], device=arrived.rows.device)
     weights[torch.from_numpy(counts.padding_rows()).to(weights.device)] = 0
     return weights
+
+
+dispatch = torch.library.custom_op("moecomm::dispatch", dispatch_now, mutates_args=())
 
 
 @dispatch.register_fake
@@ -157,8 +178,7 @@ def _dispatch_backward(ctx: Any, *grads: Any) -> Any:
 dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
 
 
-@torch.library.custom_op("moecomm::replay", mutates_args=())
-def replay(
+def replay_now(
     x: Tensor,
     scales: Tensor | None,
     topk_weights: Tensor | None,
@@ -175,6 +195,9 @@ def replay(
     empty = x.new_empty(0)
     weights = x.new_empty(0, dtype=torch.float32) if arrived.weights is None else arrived.weights
     return arrived.rows, empty if arrived.scales is None else arrived.scales, weights
+
+
+replay = torch.library.custom_op("moecomm::replay", replay_now, mutates_args=())
 
 
 @replay.register_fake
@@ -250,8 +273,7 @@ def _(grad_rows: Any, grad_weights: Any, handle: Any, buffer_id: Any, layout: An
 # -- combine -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("moecomm::combine", mutates_args=())
-def combine(
+def combine_now(
     rows: Tensor,
     row_weights: Tensor | None,
     bias: Tensor | None,
@@ -266,6 +288,9 @@ def combine(
     home = Homecoming(rows=rows.contiguous(), weighted=row_weights is not None, bias=bias)
     planned = _handle(handle, layout, align, buffer_id)
     return _run(core, started, lambda: start_combine(core, home, planned))[0]
+
+
+combine = torch.library.custom_op("moecomm::combine", combine_now, mutates_args=())
 
 
 @combine.register_fake
@@ -331,7 +356,8 @@ def dispatched(
 ) -> Dispatched:
     """Run (or finish) a dispatch and put its tensors where they belong."""
     args = (x, scales, topk_idx, topk_weights, buffer_id, layout, align, started)
-    rows, scales_out, weights, offsets, per_expert, *led = torch.ops.moecomm.dispatch(*args)
+    run = dispatch_now if nobody_watches(x, topk_weights) else torch.ops.moecomm.dispatch
+    rows, scales_out, weights, offsets, per_expert, *led = run(*args)
     # Copies: the caller may write his next routing into the same memory.
     kept = torch.ones(topk_idx.shape, device=topk_idx.device) if topk_weights is None else topk_weights.detach().clone()
     handle = _handle([topk_idx.clone(), kept, *led[:7], weights, *led[7:]], layout, align, buffer_id)
@@ -343,7 +369,8 @@ def replayed(
 ) -> Dispatched:
     """Run (or finish) a replay; with new weights it gives a handle that has them."""
     args = (x, scales, topk_weights, handle.tensors(), handle.buffer_id, handle.layout, handle.align, started)
-    rows, scales_out, weights = torch.ops.moecomm.replay(*args)
+    run = replay_now if nobody_watches(x, topk_weights) else torch.ops.moecomm.replay
+    rows, scales_out, weights = run(*args)
     if topk_weights is not None:
         handle = replace(handle, topk_weights=topk_weights.detach().clone(), row_weights=weights)
     counts = handle_counts(core_of(handle.buffer_id), handle)
@@ -355,7 +382,8 @@ def combined(rows: Tensor, weighted: bool, bias: Tensor | None, handle: Dispatch
     """Run (or finish) a combine."""
     row_weights = handle.row_weights if weighted else None
     args = (rows, row_weights, bias, handle.tensors(), handle.buffer_id, handle.layout, handle.align, started)
-    return torch.ops.moecomm.combine(*args)
+    run = combine_now if nobody_watches(rows, row_weights, bias) else torch.ops.moecomm.combine
+    return run(*args)
 
 
 def _arrange(

@@ -18,6 +18,7 @@ from moecomm.checks import MAX_ALIGN, BufferConfig, Checker, agree, configure
 from moecomm.errors import MoECommError
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, Pending
+from moecomm.memory.mail import mail_bytes
 from moecomm.operations import Core, Homecoming, start_combine, start_dispatch, start_replay
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import PlacementTables
@@ -40,15 +41,17 @@ class MemoryPlan:
 
     segment_bytes: one receive area, for the worst case (every token of every rank comes here).
     num_segments: how many of them; arrived rows may be kept in all but two.
+    mail_bytes: what its peers write signals and counts to.
     total_bytes: what is reserved, exactly.
     uniform_bytes: what one dispatch commits when the routing is uniform.
 
-    >>> MemoryPlan(segment_bytes=4096, num_segments=2, total_bytes=8192, uniform_bytes=128).total_bytes
-    8192
+    >>> MemoryPlan(segment_bytes=4096, num_segments=2, mail_bytes=64, total_bytes=8256, uniform_bytes=9).total_bytes
+    8256
     """
 
     segment_bytes: int
     num_segments: int
+    mail_bytes: int
     total_bytes: int
     uniform_bytes: int
 
@@ -130,6 +133,7 @@ class Buffer:
             device=self.config.device,
             timeout_s=self.config.timeout_s,
             segment_bytes=memory.segment_bytes,
+            count_bytes=_count_bytes(self.config, self._group.size),
             num_segments=num_segments,
             buffer_id=buffer_ids[0],
         )
@@ -327,7 +331,7 @@ class Buffer:
         The other transports reserve nothing: they allocate per operation what it needs.
 
         >>> plan = Buffer.plan_memory(num_ranks=4, num_experts=64, hidden=7168, top_k=8, max_tokens_per_rank=1024)
-        >>> plan.total_bytes == plan.num_segments * plan.segment_bytes
+        >>> plan.total_bytes == plan.num_segments * plan.segment_bytes + plan.mail_bytes
         True
         """
         config = BufferConfig.of(
@@ -398,7 +402,13 @@ def _memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
     home_bytes = home_entries * config.row_bytes + tokens * top_k * 4 * top_k
     segment = -(-(max(out_bytes, home_bytes) + _PAGE_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
     uniform = tokens * top_k * entry_bytes + tables // num_ranks
-    return MemoryPlan(segment, config.num_segments, segment * config.num_segments, uniform)
+    mail = mail_bytes(num_ranks, _count_bytes(config, num_ranks))
+    return MemoryPlan(segment, config.num_segments, mail, segment * config.num_segments + mail, uniform)
+
+
+def _count_bytes(config: BufferConfig, num_ranks: int) -> int:
+    """What a rank tells the others before it sends: its entries per expert and its pairs per rank, int32."""
+    return 4 * (config.placement.num_experts + num_ranks)
 
 
 def _explain(chosen: str, config: BufferConfig, answers: dict[str, Support], topology: Topology) -> str:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from moecomm.errors import MoECommError, PeerLostError, StaleHandleError
 from moecomm.handle import DispatchHandle
-from moecomm.plan import Counts, PlacementTables, SendPlan, merge_keys, node_places, pair_table, plan_send, send_slots
-from moecomm.rows import empty_rows, reduce_rows
+from moecomm.plan import Counts, PlacementTables, SendPlan, merge_keys, node_places, plan_send, settle
+from moecomm.rows import can_scatter, empty_rows, reduce_rows, scatter_rows, scatter_sums
 from moecomm.transport.base import Exchange, Lane, Merge, Transport, as_bytes
 
 
@@ -133,32 +133,43 @@ def route_of(core: Core, handle: DispatchHandle) -> Route:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Parcel:
-    """One payload to move. fill(exchange, lane number, destination, section): write this rank's section."""
+    """One payload to move: rows as they are, `rows[index]`, or sums of rows by a table; sorted by destination."""
 
     lane: Lane
-    fill: Callable[[Exchange, int, int, slice], None]
+    rows: Tensor
+    index: Tensor | None = None
+    table_PK: Tensor | None = None
+    weights_N: Tensor | None = None
+
+    def put_all(self, exchange: Exchange, number: int) -> bool:
+        """Write all sections at once, if that is possible and pays."""
+        num_bytes = int(self.lane.send_counts.sum()) * self.lane.row_bytes
+        is_sum = self.table_PK is not None
+        if not self.rows.is_cpu or not can_scatter(num_bytes, self.rows.dtype if is_sum else None):
+            return False
+        outputs = exchange.outputs(number)
+        if outputs is None:
+            return False
+        if self.table_PK is None:
+            scatter_rows(outputs, self.rows, self.index, self.lane.send_slots)
+        else:
+            scatter_sums(outputs, self.rows, self.table_PK, self.weights_N)
+        return True
+
+    def put(self, exchange: Exchange, number: int, dst: int, section: slice) -> None:
+        """Write one section."""
+        if self.table_PK is not None:
+            area = exchange.area(number, dst, section).view(self.rows.dtype)
+            reduce_rows(area, self.rows, self.table_PK[section], self.weights_N)
+        elif self.index is not None:
+            exchange.put(number, dst, self.rows, self.index[section])
+        else:
+            exchange.area(number, dst, section).copy_(self.rows[section])
 
 
 def rows_parcel(lane: Lane, rows: Tensor, index: Tensor | None = None) -> Parcel:
     """Rows of any dtype as they are: `rows[index]`, or all of them, sorted by destination."""
-    source = as_bytes(rows)
-
-    def fill(exchange: Exchange, number: int, dst: int, section: slice) -> None:
-        if index is None:
-            exchange.area(number, dst, section).copy_(source[section])
-        else:
-            exchange.put(number, dst, source, index[section])
-
-    return Parcel(lane, fill)
-
-
-def sums_parcel(lane: Lane, rows: Tensor, table_PK: Tensor, weights_N: Tensor | None) -> Parcel:
-    """Rows summed by a table on their way: each destination gets its section of the table."""
-
-    def fill(exchange: Exchange, number: int, dst: int, section: slice) -> None:
-        reduce_rows(exchange.area(number, dst, section).view(rows.dtype), rows, table_PK[section], weights_N)
-
-    return Parcel(lane, fill)
+    return Parcel(lane, as_bytes(rows), index)
 
 
 def send(core: Core, tag: str, parcels: Sequence[Parcel], *, agreed: bool = False) -> Exchange:
@@ -166,8 +177,9 @@ def send(core: Core, tag: str, parcels: Sequence[Parcel], *, agreed: bool = Fals
     with core.phase("send"):
         exchange = core.transport.open(tag, [parcel.lane for parcel in parcels], agreed=agreed)
         for number, parcel in enumerate(parcels):
-            for dst, section in exchange.sections(parcel.lane, core.rank):
-                parcel.fill(exchange, number, dst, section)
+            if not parcel.put_all(exchange, number):
+                for dst, section in exchange.sections(parcel.lane, core.rank):
+                    parcel.put(exchange, number, dst, section)
         count_traffic(core, [parcel.lane for parcel in parcels])
         exchange.commit()
     return exchange
@@ -263,10 +275,9 @@ def start_dispatch(
     with core.phase("counts"):
         gathered = core.transport.gather_counts(tag, plan.counts)
     with core.phase("plan"):
-        counts = Counts.of(gathered, core.tables, core.rank, align)
-        slots_S = send_slots(plan, counts) if layout == "expert" else None
+        by_slot = layout == "expert"
+        counts, slots_S, table_QJ = settle(plan, gathered, core.tables, core.rank, align, by_slot=by_slot)
         route = Route(counts, plan.order_S, slots_S, plan.pair_tokens_Q, top_k)
-        table_QJ = pair_table(plan, _table_values(core, plan, slots_S), -1)
         if core.merge_nodes is not None:  # one column more
             table_QJ = torch.cat([table_QJ, merge_keys(plan, core.merge_nodes)[:, None]], 1)
     parcels = out_parcels(core, route, payloads, topk_weights_TK, topk_idx_TK)
@@ -295,15 +306,6 @@ def dispatch_tag(
     kinds = ",".join(f"{str(payload.dtype).removeprefix('torch.')}{list(payload.shape[1:])}" for payload in payloads)
     weights = "none" if topk_weights_TK is None else "given"
     return f"dispatch layout={layout} align={align} top_k={top_k} weights={weights} payload={kinds}"
-
-
-def _table_values(core: Core, plan: SendPlan, slots_S: Tensor | None) -> Tensor:
-    """(T, K) int32 what the receiver needs to know of every entry: its row, or its local expert."""
-    if slots_S is None:
-        return core.tables.local_of_flat[plan.flat_TK]
-    slot_TK = torch.full_like(plan.pos_TK, -1)
-    slot_TK.view(-1)[plan.order_S] = slots_S
-    return slot_TK
 
 
 def out_parcels(
@@ -388,7 +390,9 @@ def start_combine(
             lane = replace(lane, merge=Merge(dtype=rows.dtype, keys=handle.recv_keys, recv_rows=recv_rows))
         weights = handle.row_weights if home.weighted else None
         by_entry = handle.layout == "expert"
-        parcels = [sums_parcel(lane, rows, handle.recv_table, weights) if by_entry else rows_parcel(lane, rows)]
+        parcels = [
+            Parcel(lane, rows, table_PK=handle.recv_table, weights_N=weights) if by_entry else rows_parcel(lane, rows)
+        ]
     elif rows is not None:
         parcels = [home_parcel(core, route, rows)]
     if home.carried is not None:

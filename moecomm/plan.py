@@ -8,7 +8,8 @@ Counts are small and live on the host (numpy); per-token tables live on the devi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -76,6 +77,62 @@ def plan_send(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
     >>> plan.order_S.tolist(), plan.pair_tokens_Q.tolist(), plan.pair_pos_TW.tolist()
     ([1, 2, 3, 0], [0, 1, 0], [[0, 2], [1, -1]])
     """
+    jit = _load_jit() if topk_idx_TK.is_cpu else None
+    if jit is None or not topk_idx_TK.is_contiguous():
+        return plan_send_ref(topk_idx_TK, tables)
+    (num_tokens, top_k), num_ranks = topk_idx_TK.shape, tables.placement.num_ranks
+    num_experts, entries, most_pairs = (
+        tables.placement.num_experts,
+        num_tokens * top_k,
+        num_tokens * min(top_k, num_ranks),
+    )
+    counts, scratch = (
+        np.empty(num_experts + num_ranks, np.int32),
+        torch.empty(num_experts + num_ranks, dtype=torch.int64),
+    )
+    flat_TK, rank_TK = (torch.empty(num_tokens, top_k, dtype=torch.int64) for _ in range(2))
+    pos_TK, pair_pos_TW = (torch.empty(num_tokens, n, dtype=torch.int32) for n in (top_k, num_ranks))
+    order, pair_tokens, pair_ranks = (torch.empty(n, dtype=torch.int64) for n in (entries, most_pairs, most_pairs))
+    given = topk_idx_TK, tables.flat_of_expert, tables.rank_of_flat
+    made = (flat_TK, rank_TK, order, pos_TK, pair_tokens, pair_ranks, pair_pos_TW, scratch)
+    bad = jit.plan_kernel(8 * topk_idx_TK.element_size())(
+        num_tokens,
+        top_k,
+        num_experts,
+        num_ranks,
+        *(t.data_ptr() for t in given),
+        counts.ctypes.data,
+        *(t.data_ptr() for t in made),
+    )
+    assert bad < 0, f"entry {bad} of the routing names no expert"
+    num_sent, num_pairs = int(counts[:num_experts].sum()), int(counts[num_experts:].sum())
+    return SendPlan(
+        counts=counts,
+        flat_TK=flat_TK,
+        order_S=_first(order, num_sent),
+        pos_TK=pos_TK,
+        rank_TK=rank_TK,
+        pair_tokens_Q=_first(pair_tokens, num_pairs),
+        pair_ranks_Q=_first(pair_ranks, num_pairs),
+        pair_pos_TW=pair_pos_TW,
+    )
+
+
+@cache
+def _load_jit() -> ModuleType | None:
+    try:
+        from moecomm import _plan_jit
+    except ImportError:
+        return None
+    return _plan_jit
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    return values if len(values) == count else values[:count].clone()
+
+
+def plan_send_ref(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
+    """`plan_send` in plain torch."""
     num_tokens, top_k = topk_idx_TK.shape
     num_experts, num_ranks = tables.placement.num_experts, tables.placement.num_ranks
     device = topk_idx_TK.device
@@ -213,6 +270,50 @@ def pair_table(plan: SendPlan, value_TK: Tensor, missing: float) -> Tensor:
     """
     here = plan.rank_TK[plan.pair_tokens_Q] == plan.pair_ranks_Q[:, None]
     return value_TK[plan.pair_tokens_Q].masked_fill_(~here, missing)
+
+
+def settle(
+    plan: SendPlan, gathered: np.ndarray, tables: PlacementTables, rank: int, align: int, *, by_slot: bool
+) -> tuple[Counts, Tensor | None, Tensor]:
+    """What follows from the counts of all ranks: they, the slots of what this rank sends, and the table of its pairs.
+
+    gathered: (W, E + W) int32, `plan.counts` of every rank. by_slot: layout "expert", which has slots; the table then
+    holds them, else local experts; -1 for entries that go elsewhere.
+
+    >>> tables = PlacementTables(ExpertPlacement.uniform(2, 1), torch.device("cpu"))
+    >>> plan = plan_send(torch.tensor([[1, 0], [0, -1]]), tables)
+    >>> _, slots_S, table_QK = settle(plan, plan.counts[None], tables, rank=0, align=4, by_slot=True)
+    >>> slots_S.tolist(), table_QK.tolist()
+    ([0, 1, 4], [[4, 0], [1, -1]])
+    """
+    counts = Counts.of(gathered, tables, rank, align)
+    jit = _load_jit() if plan.pos_TK.is_cpu else None
+    if jit is None:
+        slots_S = send_slots(plan, counts) if by_slot else None
+        values_TK = tables.local_of_flat[plan.flat_TK] if slots_S is None else slots_of_entries(plan, slots_S)
+        return counts, slots_S, pair_table(plan, values_TK, -1)
+    gathered = np.ascontiguousarray(gathered, np.int32)
+    num_ranks, num_pairs, top_k = len(gathered), len(plan.pair_tokens_Q), plan.pos_TK.shape[1]
+    totals = np.empty((num_ranks + 1, num_ranks), np.int64)  # entries, and rows of every rank
+    groups = np.empty(
+        (2, counts.mine.stop - counts.mine.start), np.int32
+    )  # ends of my groups, and rows without padding
+    slots_S, table_QK = (torch.empty(n, dtype=torch.int32) for n in (len(plan.order_S), num_pairs * top_k))
+    given = gathered.ctypes.data, num_ranks, tables.placement.num_experts, rank, align, tables.rank_starts.ctypes.data
+    jit.settle_kernel()(*given, totals.ctypes.data, groups.ctypes.data, slots_S.data_ptr())
+    by_entry, values = (plan.pos_TK, slots_S) if by_slot else (plan.flat_TK, tables.local_of_flat)
+    tensors = plan.pair_tokens_Q, plan.pair_ranks_Q, plan.rank_TK, by_entry, values, table_QK
+    jit.table_kernel(8 * by_entry.element_size())(num_pairs, top_k, *(t.data_ptr() for t in tensors))
+    known = {"entries": totals[:-1], "rows_of_rank": totals[-1], "expert_offsets": groups[0]}
+    vars(counts).update(known | {"tokens_per_expert": groups[1]})  # what its properties would compute
+    return counts, slots_S if by_slot else None, table_QK.view(num_pairs, top_k)
+
+
+def slots_of_entries(plan: SendPlan, slots_S: Tensor) -> Tensor:
+    """(T, K) int32 the slot of every entry, -1 for none."""
+    slot_TK = torch.full_like(plan.pos_TK, -1)
+    slot_TK.view(-1)[plan.order_S] = slots_S
+    return slot_TK
 
 
 def node_places(pair_pos_TW: Tensor, node_of_rank: np.ndarray) -> tuple[Tensor, np.ndarray]:

@@ -122,6 +122,59 @@ def copy_rows(out: Tensor, src: Tensor, src_index: Tensor, out_index: Tensor | N
         raise _out_of_range(bad, src.shape[0], out.shape[0])
 
 
+def can_scatter(num_bytes: int, sums_of: torch.dtype | None = None) -> bool:
+    """Whether `scatter_rows`, or `scatter_sums` of a dtype, works and pays: it uses one thread and all caches.
+
+    >>> can_scatter(1 << 30)
+    False
+    """
+    jit = _load_jit()[0]
+    return num_bytes < _STREAM_BYTES and jit is not None and (sums_of is None or jit.supports(FLOATS[sums_of]))
+
+
+def scatter_rows(outs: np.ndarray, src: Tensor, src_index: Tensor | None, slots: Tensor | None) -> None:
+    """`copy_rows` into several packed outputs on the host at once, section by section.
+
+    Args:
+        outs: (4, W) int64, of each of W outputs: its address, how many rows to write (its section of the entries),
+            the first of them where slots do not say, and how many rows it has.
+        src: (N, H) rows on the host, any dtype.
+        src_index: (n,) int32 or int64 row of `src` for every entry of every section, or None: entry i is row i.
+        slots: (n,) int32 or int64 row in the section's output, or None: they follow each other from `starts` on.
+
+    Raises:
+        IndexError: an index is too large, or negative.
+
+    >>> src, out = torch.tensor([[1., 2.], [3., 4.]]), torch.zeros(3, 2)
+    >>> scatter_rows(np.array([[out.data_ptr()], [2], [1], [3]]), src, torch.tensor([1, 0]), None)
+    >>> out.tolist()
+    [[0.0, 0.0], [3.0, 4.0], [1.0, 2.0]]
+    """
+    jit = _load_jit()[0]
+    assert jit is not None, "no compiler: ask can_scatter"
+    kernel = jit.scatter_kernel(_index_bits(src_index), _index_bits(slots))
+    assert outs.dtype == np.int64 and outs.flags.c_contiguous, f"outputs {outs.shape} {outs.dtype}"
+    rows = *_rows("src", src), src.shape[0], src.shape[1] * src.element_size()
+    bad = kernel(outs.shape[1], outs.ctypes.data, *rows, _address(src_index), _address(slots))
+    if bad >= 0:
+        raise IndexError(f"scatter_rows: entry {bad} lies outside {src.shape[0]} source or {outs[3]} output rows")
+
+
+def scatter_sums(outs: np.ndarray, rows: Tensor, table_PJ: Tensor, weights: Tensor | None = None) -> None:
+    """`reduce_rows` into several outputs (see `scatter_rows`) at once: section by section the next rows of the table.
+
+    >>> rows, out = torch.tensor([[1., 2.], [10., 20.]]), torch.zeros(2, 2)
+    >>> scatter_sums(np.array([[out.data_ptr()], [1], [1], [2]]), rows, torch.tensor([[0, 1]]))
+    >>> out.tolist()
+    [[0.0, 0.0], [11.0, 22.0]]
+    """
+    row_bytes, first = rows.shape[1] * rows.element_size(), 0
+    call = _reduction(rows.dtype, rows, table_PJ, weights, None, streaming=False)
+    for address, count, start, _ in outs.T.tolist():
+        call(first, first + count, address + (start - first) * row_bytes, row_bytes)
+        first += count
+
+
 def _by_source(
     jit: ModuleType, src_index: Tensor, out_index: Tensor | None, num_src: int, num_out: int
 ) -> tuple[Tensor, Tensor]:
@@ -183,9 +236,28 @@ def reduce_rows(
     jit = _load_jit()[0]
     if jit is None or not (out.is_cpu and rows.is_cpu and _supported(jit, out, rows, bias)):
         return reduce_rows_ref(out, rows, table_PJ, weights, bias)
-    (num_sums, width), (num_rows, hidden) = table_PJ.shape, rows.shape
-    assert out.shape == (num_sums, hidden), f"rows {_seen(rows)}, table {_seen(table_PJ)} do not give {_seen(out)}"
-    (out_ptr, out_stride), (table_ptr, table_stride) = _rows("out", out), _rows("table_PJ", table_PJ)
+    assert out.shape == (len(table_PJ), rows.shape[1]), (
+        f"rows {_seen(rows)}, table {_seen(table_PJ)} do not give {_seen(out)}"
+    )
+    assert bias is None or bias.shape == out.shape, f"bias {_seen(bias)} for out {_seen(out)}"
+    out_ptr, out_stride = _rows("out", out)
+    streaming = _streams(out.numel() * out.element_size(), out_ptr, out_stride)
+    call = _reduction(out.dtype, rows, table_PJ, weights, bias, streaming=streaming)
+    _run(call, len(out), rows.numel() * rows.element_size(), out_ptr, out_stride)
+
+
+def _reduction(
+    out_dtype: torch.dtype,
+    rows: Tensor,
+    table_PJ: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    *,
+    streaming: bool,
+) -> Callable[[int, int, int, int], int]:
+    """The compiled sum with everything but (begin, end, out, out_stride) filled in."""
+    jit = _load_jit()[0]
+    assert jit is not None
     mode, weights_ptr, weights_stride = None, 0, 0
     if weights is not None:
         mode = "row" if weights.ndim == 1 else "entry"
@@ -194,16 +266,19 @@ def reduce_rows(
         weights_ptr, weights_stride = _rows("weights", weights if mode == "entry" else weights[None])
     bias_name, bias_ptr, bias_stride = None, 0, 0
     if bias is not None:
-        assert bias.shape == out.shape, f"bias {_seen(bias)} for out {_seen(out)}"
         bias_name, (bias_ptr, bias_stride) = FLOATS[bias.dtype], _rows("bias", bias)
-    streaming = _streams(num_sums * hidden * out.element_size(), out_ptr, out_stride)
-    variant = FLOATS[rows.dtype], FLOATS[out.dtype], bias_name, _index_bits(table_PJ), mode, streaming
-    places = out_ptr, out_stride, *_rows("rows", rows), num_rows, hidden, table_ptr, table_stride, width
-    extras = weights_ptr, weights_stride, bias_ptr, bias_stride
-    work_bytes = num_rows * hidden * rows.element_size()
-    bad = _run(jit.reduce_kernel(*variant), num_sums, work_bytes, *places, *extras)
-    if bad >= 0:
-        raise IndexError(f"reduce_rows: table row {bad} names a row that is not among the {num_rows}")
+    variant = FLOATS[rows.dtype], FLOATS[out_dtype], bias_name, _index_bits(table_PJ), mode, streaming
+    kernel = jit.reduce_kernel(*variant)
+    table = *_rows("table_PJ", table_PJ), table_PJ.shape[1]
+    given = *_rows("rows", rows), *rows.shape, *table, weights_ptr, weights_stride, bias_ptr, bias_stride
+
+    def call(begin: int, end: int, out: int, out_stride: int) -> int:
+        bad = kernel(begin, end, out, out_stride, *given)
+        if bad >= 0:
+            raise IndexError(f"reduce_rows: table row {bad} names a row that is not among the {len(rows)}")
+        return bad
+
+    return call
 
 
 @torch.no_grad()

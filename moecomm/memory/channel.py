@@ -1,7 +1,8 @@
-"""Signals between the ranks of one host: a mesh of Unix-domain sockets that also hands the memory around.
+"""Who is there, and what they do: letters in shared memory, and a mesh of Unix-domain sockets beside it.
 
-Messages are small and keep their boundaries (SOCK_SEQPACKET). A peer that dies is an end of file, at once. Socket
-names are abstract: they live in no file system and vanish with the process. A stranger is refused by user id and key.
+The sockets hand the memory around, wake who sleeps, and tell of the end: a peer that dies is an end of file, at once.
+Messages are small and keep their boundaries (SOCK_SEQPACKET). Socket names are abstract: they live in no file system
+and vanish with the process. A stranger is refused by user id and key.
 """
 
 from __future__ import annotations
@@ -15,36 +16,37 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NoReturn, final
 
+import numpy as np
+
 from moecomm import errors
 from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
 from moecomm.group import Group
+from moecomm.memory.mail import Kind, Mail
 
-_CHUNK_BYTES = 64 * 1024
-_HEADER = struct.Struct("<BBQiH")  # kind, more follows, sequence number, ticket, length of tag
+_MESSAGE_BYTES = 64 * 1024
+_HEADER = struct.Struct("<BqiH")  # signal, sequence number, ticket, bytes of the tag
+_POLL_S = 0.2  # no wake-up is known to get lost; if one did, this is what it would cost
 
 
-class Kind(IntEnum):
+class Signal(IntEnum):
     """What a message says."""
 
     HELLO = 0  # the sender's memory (its descriptor travels along) and its first ticket
-    ARRIVE = 1  # the sender is in operation `seq`; payload: its counts
-    DONE = 2  # the sender's rows of `seq` are written; ticket: where it wants those of `seq + 1`
-    BYE = 3  # the sender closed its buffer
-    ABORT = 4  # the sender gave up; payload: why, as JSON
+    WAKE = 1  # a letter lies in the receiver's box
+    BYE = 2  # the sender closed its buffer
+    ABORT = 3  # the sender gave up; payload: why, as JSON
 
 
 @dataclass(slots=True)
 class Message:
-    """One message of a peer."""
+    """What a peer said of its end. tag: what it was doing, in operation `seq`."""
 
-    kind: Kind
     seq: int
-    ticket: int
     tag: str
     payload: bytes
 
@@ -53,19 +55,20 @@ class Message:
 class Channel:
     """Sockets to the peers among `ranks`, those of this host. `descriptors`: each peer's memory as a file descriptor.
 
-    Made by all ranks of the group at the same time, also where `ranks` are only some of them.
+    Made by all ranks of the group at the same time, also where `ranks` are only some of them; `attach` the mail then.
     """
 
     def __init__(self, group: Group, ranks: Sequence[int], timeout_s: float, memory_fd: int, ticket: int) -> None:
         self.group, self.timeout_s = group, timeout_s
         self.peers = [rank for rank in ranks if rank != group.rank]
         self.descriptors: dict[int, int] = {}
-        self.wait_s = dict.fromkeys(self.peers, 0.0)
+        self._mail: Mail | None = None
         self._sockets: dict[int, socket.socket] = {}
-        self._inbox: dict[int, dict[tuple[Kind, int], Message]] = {peer: {} for peer in self.peers}
-        self._partial: dict[int, bytes] = dict.fromkeys(self.peers, b"")
+        self._said: dict[int, dict[Signal, Message]] = {peer: {} for peer in self.peers}
         self._lost: set[int] = set()
-        self._tickets: dict[int, dict[int, int]] = {peer: {} for peer in self.peers}  # seq -> the peer's segment for it
+        self._first_tickets: dict[int, int] = {}
+        self._num_gathered = 0
+        self._last_tag = ""  # of the operation before the next one
         self._poll = select.poll()
         self._rank_of_fd: dict[int, int] = {}
         try:
@@ -75,22 +78,38 @@ class Channel:
             raise
         _channels.add(self)
 
+    def attach(self, mail: Mail) -> None:
+        """Take the letter boxes, once the memory of the peers is mapped."""
+        self._mail = mail
+
     # -- operations ----------------------------------------------------------------------------------------------
 
-    def post(self, kind: Kind, seq: int, *, ticket: int = -1, tag: str = "", payload: bytes = b"") -> None:
-        """Send one message to every peer."""
-        for peer in self.peers:
-            self._send(peer, kind, seq, ticket, tag, payload)
+    def gather(self, seq: int, tag: str, counts: np.ndarray) -> np.ndarray:
+        """All-gather (C,) int32 counts into (W, C) before operation `seq`; 0 from ranks that are not on this host."""
+        size, parts = self._box().payload_bytes // 4, []
+        for at in range(0, max(len(counts), 1), size):
+            number, part = self._num_gathered, counts[at : at + size]
+            self._num_gathered += 1
+            self._post(Kind.ARRIVE, number, seq, tag, -1, part)
+            self._wait(Kind.ARRIVE, number, seq, tag)
+            parts.append(self._box().gathered(number, len(part)))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
 
-    def collect(self, kind: Kind, seq: int, tag: str) -> dict[int, Message]:
-        """Wait for that message of every peer and take it."""
-        self._wait(lambda peer: (kind, seq) in self._inbox[peer], seq, tag)
-        return {peer: self._inbox[peer].pop((kind, seq)) for peer in self.peers}
-
-    def tickets(self, seq: int, tag: str) -> dict[int, int]:
+    def tickets(self, seq: int) -> dict[int, int]:
         """Wait until every peer has said where it wants the rows of operation `seq`."""
-        self._wait(lambda peer: seq in self._tickets[peer], seq, tag)
-        return {peer: self._tickets[peer].pop(seq) for peer in self.peers}
+        if not seq:
+            return self._first_tickets
+        self._wait(Kind.DONE, seq - 1, seq - 1, self._last_tag)
+        return self._box().tickets(seq - 1)
+
+    def done(self, seq: int, tag: str, ticket: int) -> None:
+        """Say that this rank's rows of operation `seq` are written, and where it wants those of the next one."""
+        self._last_tag = tag
+        self._post(Kind.DONE, seq, seq, tag, ticket)
+
+    def all_done(self, seq: int, tag: str) -> None:
+        """Wait until all peers have written their rows of operation `seq`."""
+        self._wait(Kind.DONE, seq, seq, tag)
 
     def abort(self, error: MoECommError, tag: str = "") -> None:
         """Tell every peer that can be told why this rank gives up, and (tag) what it was doing."""
@@ -98,7 +117,7 @@ class Channel:
         told["remedy"] = error.remedy
         for peer in self._sockets:
             try:
-                self._send_now(peer, Kind.ABORT, error.seq or 0, -1, tag, json.dumps(told).encode())
+                self._send(peer, Signal.ABORT, seq=error.seq or 0, tag=tag, payload=json.dumps(told).encode())
             except OSError:
                 self._lost.add(peer)
 
@@ -106,11 +125,12 @@ class Channel:
         """Say goodbye and close; idempotent."""
         for peer, sock in self._sockets.items():
             try:
-                self._send_now(peer, Kind.BYE, 0, -1, "", b"")
+                self._send(peer, Signal.BYE)
             except OSError:
                 self._lost.add(peer)
             sock.close()
         self._sockets.clear()
+        self._mail = None
         self.close_descriptors()
 
     def close_descriptors(self) -> None:
@@ -124,49 +144,64 @@ class Channel:
         for sock in self._sockets.values():
             sock.close()
         self._sockets.clear()
+        self._mail = None
         self._poll = select.poll()
-        self._lost.update(self.peers)
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
-    def _wait(self, arrived: Callable[[int], bool], seq: int, tag: str) -> None:
+    def _box(self) -> Mail:
+        if self._mail is None:
+            what = f"{_ranks(self.peers)} cannot be reached from a forked process"
+            raise PeerLostError(what, rank=self.group.rank, peers=self.peers)
+        return self._mail
+
+    def _post(self, kind: Kind, number: int, seq: int, tag: str, ticket: int, counts: np.ndarray | None = None) -> None:
+        for peer in self._box().post(kind, number, seq=seq, tag=tag, ticket=ticket, payload=counts):
+            with contextlib.suppress(
+                OSError
+            ):  # it has unread messages, which wake it; or it is gone, which reading tells
+                self._send(peer, Signal.WAKE)
+
+    def _wait(self, kind: Kind, number: int, seq: int, tag: str) -> None:
+        """Wait until all peers have sent that letter, and see that they do the same in operation `seq`."""
+        mail, patient = self._box(), True
         start = time.monotonic()
-        while True:
+        try:
+            while not mail.has_all(kind, number, patient=patient):
+                patient = False
+                self._pump(0.0)
+                self._check_agreement(seq, tag)
+                self._raise_aborts(seq, tag)
+                missing = mail.missing(kind, number)
+                if lost := [peer for peer in missing if peer in self._lost]:
+                    self._raise_lost(lost, seq, tag)
+                waited = time.monotonic() - start
+                if missing and waited >= self.timeout_s:
+                    what = f"gave up after {waited:.1f} s waiting for {_ranks(missing)}"
+                    remedy = "look at what those ranks do, or raise timeout_s"
+                    self._fail(StallError(what, remedy=remedy, **self._where(seq, tag), peers=missing), tag)
+                if missing:
+                    self._pump(min(_POLL_S, self.timeout_s - waited))
+        finally:
+            if not patient:
+                mail.woke()
+        if not mail.agrees(kind, number, tag):
             self._check_agreement(seq, tag)
-            missing = [peer for peer in self.peers if not arrived(peer)]
-            waited = time.monotonic() - start
-            if not missing:
-                return
-            self._raise_aborts(seq, tag)
-            lost = [peer for peer in missing if peer in self._lost]
-            if lost:
-                self._raise_lost(lost, seq, tag)
-            if waited >= self.timeout_s:
-                self._fail(
-                    StallError(
-                        f"gave up after {waited:.1f} s waiting for {_ranks(missing)}",
-                        remedy="look at what those ranks do, or raise timeout_s",
-                        **self._where(seq, tag),
-                        peers=missing,
-                    ),
-                    tag,
-                )
-            self._pump(self.timeout_s - waited)
-            for peer in missing:
-                self.wait_s[peer] += time.monotonic() - start - waited
 
     def _check_agreement(self, seq: int, tag: str) -> None:
         tags = [tag] * self.group.size
+        for peer, told in self._box().tags(seq).items():
+            tags[peer] = told
         for peer in self.peers:
-            for message in self._inbox[peer].values():
-                if message.seq == seq and message.tag:
-                    tags[peer] = message.tag
+            message = self._said[peer].get(Signal.ABORT)
+            if message is not None and message.seq == seq and message.tag:
+                tags[peer] = message.tag
         if error := DesyncError.among(tags, self.group.rank, seq):
             self._fail(error, tag)
 
     def _raise_aborts(self, seq: int, tag: str) -> None:
         for peer in self.peers:
-            message = self._inbox[peer].get((Kind.ABORT, 0))
+            message = self._said[peer].get(Signal.ABORT)
             if message is None:
                 continue
             told = json.loads(message.payload)
@@ -180,10 +215,8 @@ class Channel:
             )
 
     def _raise_lost(self, lost: Sequence[int], seq: int, tag: str) -> NoReturn:
-        left = [peer for peer in lost if (Kind.BYE, 0) in self._inbox[peer]]
+        left = [peer for peer in lost if Signal.BYE in self._said[peer]]
         how = "closed its buffer" if len(left) == len(lost) else "is gone (its process ended or closed the connection)"
-        if not self._sockets:
-            how = "cannot be reached from a forked process"
         remedy = "look for the first error of all ranks; build a new Buffer once all of them live"
         self._fail(PeerLostError(f"{_ranks(lost)} {how}", remedy=remedy, **self._where(seq, tag), peers=lost), tag)
 
@@ -196,29 +229,11 @@ class Channel:
 
     # -- wire ----------------------------------------------------------------------------------------------------
 
-    def _send(self, peer: int, kind: Kind, seq: int, ticket: int, tag: str, payload: bytes) -> None:
-        start = time.monotonic()
-        for at in range(0, max(len(payload), 1), _CHUNK_BYTES):
-            chunk, more = payload[at : at + _CHUNK_BYTES], at + _CHUNK_BYTES < len(payload)
-            while peer not in self._lost:
-                try:
-                    self._send_now(peer, kind, seq, ticket, tag, chunk, more)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() - start >= self.timeout_s:
-                        what = f"rank {peer} does not take messages for {self.timeout_s:.1f} s"
-                        self._fail(StallError(what, **self._where(seq, tag), peers=[peer]), tag)
-                    self._pump(0.01)
-                except OSError:
-                    # What it still had to say (why it gave up, say) is read before its end of file.
-                    self._pump(0.0)
-                    self._lost.add(peer)
-
-    def _send_now(
-        self, peer: int, kind: Kind, seq: int, ticket: int, tag: str, chunk: bytes, more: bool = False
-    ) -> None:
+    def _send(self, peer: int, signal: Signal, *, seq: int = 0, tag: str = "", payload: bytes = b"") -> None:
+        """Send a message, or raise OSError: it never waits."""
         name = tag.encode()
-        self._sockets[peer].send(_HEADER.pack(kind, more, seq, ticket, len(name)) + name + chunk, socket.MSG_NOSIGNAL)
+        data = _HEADER.pack(signal, seq, -1, len(name)) + name + payload
+        self._sockets[peer].send(data[:_MESSAGE_BYTES], socket.MSG_NOSIGNAL)
 
     def _pump(self, timeout_s: float) -> None:
         """Read everything that is there; wait up to timeout_s for the first message."""
@@ -229,7 +244,7 @@ class Channel:
     def _receive(self, peer: int) -> bool:
         """Take one message; False when there is none for now, or ever."""
         try:
-            data = self._sockets[peer].recv(_CHUNK_BYTES + 1024)
+            data = self._sockets[peer].recv(_MESSAGE_BYTES)
         except BlockingIOError:
             return False
         except ConnectionResetError:
@@ -237,17 +252,10 @@ class Channel:
         if not data:
             self._lose(peer)
             return False
-        kind, more, seq, ticket, tag_bytes = _HEADER.unpack_from(data)
+        signal, seq, _, tag_bytes = _HEADER.unpack_from(data)
         body = _HEADER.size + tag_bytes
-        self._partial[peer] += data[body:]
-        if more:
-            return True
-        message = Message(Kind(kind), seq, ticket, data[_HEADER.size : body].decode(), self._partial[peer])
-        self._partial[peer] = b""
-        # Of several reasons to give up the first one counts.
-        self._inbox[peer].setdefault((message.kind, 0 if message.kind is Kind.ABORT else seq), message)
-        if message.kind is Kind.DONE:
-            self._tickets[peer][seq + 1] = ticket
+        message = Message(seq, data[_HEADER.size : body].decode(), data[body:])
+        self._said[peer].setdefault(Signal(signal), message)  # of several reasons to give up the first one counts
         return True
 
     def _lose(self, peer: int) -> None:
@@ -270,7 +278,7 @@ class Channel:
             while len(self._sockets) < len(self.peers):
                 self._accept(listener, key, deadline)
         for sock in self._sockets.values():
-            socket.send_fds(sock, [_HEADER.pack(Kind.HELLO, False, 0, ticket, 0)], [memory_fd])
+            socket.send_fds(sock, [_HEADER.pack(Signal.HELLO, 0, ticket, 0)], [memory_fd])
         for peer, sock in self._sockets.items():
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             try:
@@ -280,7 +288,7 @@ class Channel:
             self.descriptors.update((peer, fd) for fd in fds)
             if not fds:
                 raise self._connect_error(peer, ConnectionResetError())
-            self._tickets[peer][0] = _HEADER.unpack(hello)[3]
+            self._first_tickets[peer] = _HEADER.unpack(hello)[2]
             sock.setblocking(False)
             self._rank_of_fd[sock.fileno()] = peer
             self._poll.register(sock, select.POLLIN)

@@ -73,9 +73,9 @@ class SegmentPool:
     Finalizers return segments from any thread at any time, so there is no lock: the set's own operations are atomic.
     """
 
-    def __init__(self, memory: HostMemory, num_segments: int) -> None:
+    def __init__(self, memory: HostMemory, segment_bytes: int, num_segments: int) -> None:
         self._memory: HostMemory | None = memory
-        self.segment_bytes = memory.nbytes // num_segments
+        self.segment_bytes = segment_bytes
         self._free = set(range(num_segments))
         self.num_leases = 0
 

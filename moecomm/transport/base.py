@@ -97,6 +97,10 @@ class Exchange(ABC):
         """Where to write one of the `sections` of a contiguous lane."""
         return self.target(lane, dst)
 
+    def outputs(self, lane: int) -> np.ndarray | None:
+        """Where the sections of a lane go (see `rows.scatter_rows`), if they can be written all at once."""
+        return None
+
     @abstractmethod
     def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
         """Send rows `src[index]` as this rank's section of `lane` to rank `dst`."""
@@ -167,12 +171,14 @@ class Transport(ABC):
 class TransportOptions:
     """What a transport needs to know of its buffer.
 
-    segment_bytes: bytes of one receive area. buffer_id: unique in the group, the same on all its ranks.
+    segment_bytes: bytes of one receive area. count_bytes: bytes of what a rank says before a planned dispatch.
+    buffer_id: unique in the group, the same on all its ranks.
     """
 
     device: torch.device
     timeout_s: float
     segment_bytes: int
+    count_bytes: int
     num_segments: int
     buffer_id: int
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from moecomm.errors import CapacityError, MoECommError
 from moecomm.group import Group
-from moecomm.memory.channel import Channel, Kind
+from moecomm.memory.channel import Channel
 from moecomm.memory.host import HostMemory, SegmentPool, host_memory_support
+from moecomm.memory.mail import Mail, mail_bytes
 from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
 from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
@@ -39,11 +40,13 @@ class SymmetricTransport(Transport):
 
     def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
         self.group = group
-        nbytes = options.segment_bytes * options.num_segments
+        box = mail_bytes(group.size, options.count_bytes)
+        segments = options.segment_bytes * options.num_segments
+        nbytes = segments + box
         fd = HostMemory.create(nbytes)
         try:
             memory = HostMemory(fd, nbytes)
-            self.pool = SegmentPool(memory, options.num_segments)
+            self.pool = SegmentPool(memory, options.segment_bytes, options.num_segments)
             self.ticket = self.pool.take()
             mates = topology.ranks_of_node(topology.node_of(group.rank))
             self.channel = Channel(group, mates, options.timeout_s, fd, self.ticket)
@@ -57,6 +60,11 @@ class SymmetricTransport(Transport):
             self.channel.close()
             raise
         self.channel.close_descriptors()
+        self.addresses = np.zeros(group.size, np.int64)  # where every rank's memory begins
+        for rank, mapped in self._memory_of.items():
+            self.addresses[rank] = mapped.data_ptr()
+        boxes = {rank: mapped[segments : segments + box] for rank, mapped in self._memory_of.items()}
+        self.channel.attach(Mail(boxes, group.rank, group.size, options.count_bytes))
         self.seq = 0
         self.unwaited: deque[SymmetricExchange] = deque()
         self.num_copies = 0
@@ -73,12 +81,7 @@ class SymmetricTransport(Transport):
         return Support(True, "all ranks share the memory of one host")
 
     def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
-        self.channel.post(Kind.ARRIVE, self.seq, tag=tag, payload=counts.tobytes())
-        gathered = np.zeros((self.group.size, len(counts)), np.int32)
-        gathered[self.group.rank] = counts
-        for peer, message in self.channel.collect(Kind.ARRIVE, self.seq, tag).items():
-            gathered[peer] = np.frombuffer(message.payload, np.int32)
-        return gathered
+        return self.channel.gather(self.seq, tag, counts)
 
     def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
         return SymmetricExchange(self, tag, lanes)
@@ -130,10 +133,22 @@ class SymmetricExchange(Exchange):
         self._offsets = np.cumsum(aligned, 0) - aligned  # (lanes, W)
         self._sections = [np.cumsum(lane.send_counts) - lane.send_counts for lane in lanes]
         self._seq = transport.seq
-        self._segments = transport.channel.tickets(self._seq, tag) | {self._rank: self._segment}
+        self._segments = transport.channel.tickets(self._seq) | {self._rank: self._segment}
         transport.seq += 1
+        starts = transport.addresses.copy()
+        for rank, segment in self._segments.items():
+            starts[rank] += segment * transport.pool.segment_bytes
+        self._addresses = starts + self._offsets  # (lanes, W)
         self._out: list[Tensor] | None = None
         self._holds_segment = True
+
+    def outputs(self, lane: int) -> np.ndarray:
+        spec = self._lanes[lane]
+        starts = 0 if spec.send_starts is None else spec.send_starts
+        outs = np.empty((4, len(spec.send_counts)), np.int64)
+        outs[0] = self._addresses[lane]
+        outs[1], outs[2], outs[3] = spec.send_counts, starts, spec.out_rows
+        return outs
 
     def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
         spec = self._lanes[lane]
@@ -152,11 +167,11 @@ class SymmetricExchange(Exchange):
         transport = self._transport
         transport.unwaited.append(self)
         transport.ticket = transport.reserve()
-        transport.channel.post(Kind.DONE, self._seq, ticket=transport.ticket, tag=self._tag)
+        transport.channel.done(self._seq, self._tag, transport.ticket)
 
     def wait(self) -> list[Tensor]:
         if self._out is None:
-            self._transport.channel.collect(Kind.DONE, self._seq, self._tag)
+            self._transport.channel.all_done(self._seq, self._tag)
             self._transport.unwaited.remove(self)
             self._out = [self._view(lane, self._rank) for lane in range(len(self._lanes))]
         return self._out

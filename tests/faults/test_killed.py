@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,7 +80,7 @@ class Act:
         return self.die_in("reduce_rows", self.combine)
 
     def die_in(self, primitive: str, call: Callable[[], Any]) -> Caught:
-        """The victim dies when it has written half of its first section."""
+        """The victim dies when it has written half of its first section, or of all where they are written at once."""
         if self.dies:
             from moecomm import operations
             from moecomm.transport import collective, symmetric
@@ -89,6 +90,14 @@ class Act:
                 out[: len(out) // 2] = 0
                 self.world.die()
 
+            def half_of_all(outs: np.ndarray, *rest: Any) -> None:
+                self.world.wait_until_asleep("in", *self.others)
+                outs[1] //= 2
+                at_once(outs, *rest)
+                self.world.die()
+
+            at_once = getattr(operations, name := AT_ONCE[primitive])
+            setattr(operations, name, half_of_all)
             for module in (operations, collective, symmetric):
                 if hasattr(module, primitive):
                     setattr(module, primitive, half)
@@ -107,6 +116,7 @@ class Act:
         return catch(self.dispatch, self.world, self.buffer)
 
 
+AT_ONCE = {"copy_rows": "scatter_rows", "reduce_rows": "scatter_sums"}
 MOMENTS: dict[str, tuple[Callable[[Act], Caught], str]] = {
     "before they call": (Act.before_they_call, "dispatch"),
     "while they dispatch": (Act.while_they_dispatch, "dispatch"),

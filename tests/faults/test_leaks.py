@@ -316,7 +316,8 @@ def measure_memory(world: World, shape: dict[str, Any]) -> tuple[int, int, int, 
         given.setdefault("dtype", torch.float32)
         plan = moecomm.Buffer.plan_memory(num_ranks=world.size, **given)
         world.meet("measured")
-        return size, plan.total_bytes, plan.segment_bytes * plan.num_segments, buffer._core.transport.allocated_bytes
+        parts = plan.segment_bytes * plan.num_segments + plan.mail_bytes
+        return size, plan.total_bytes, parts, buffer._core.transport.allocated_bytes
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["small", "moe", "source", "fp8"])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moecomm import plan as planning
 from moecomm.placement import ExpertPlacement
-from moecomm.plan import Counts, PlacementTables, SendPlan, pair_table, plan_send, send_slots
+from moecomm.plan import Counts, PlacementTables, SendPlan, pair_table, plan_send, plan_send_ref, send_slots, settle
 
 
 @dataclass
@@ -131,3 +134,24 @@ def test_ranks_agree_on_what_moves(world: World) -> None:
     for source, plan in enumerate(world.plans):
         assert int(world.counts[0].entries[source].sum()) == len(plan.order_S)
         assert world.counts[0].pair_counts[source].sum() == len(plan.pair_tokens_Q)
+
+
+@given(worlds(), st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_machine_code_and_torch_plan_the_same(world: World, by_slot: bool) -> None:
+    gathered = np.stack([plan.counts for plan in world.plans])
+    for rank, (routing, plan) in enumerate(zip(world.routings, world.plans, strict=True)):
+        expected = plan_send_ref(routing, world.tables)
+        for name in (field.name for field in fields(SendPlan)):
+            got, want = (torch.as_tensor(getattr(one, name)) for one in (plan, expected))
+            assert got.dtype == want.dtype and torch.equal(got, want), name
+        align = world.counts[rank].align
+        settled: tuple[Any, ...] = settle(plan, gathered, world.tables, rank, align, by_slot=by_slot)
+        with mock.patch.object(planning, "_load_jit", lambda: None):
+            reference: tuple[Any, ...] = settle(plan, gathered, world.tables, rank, align, by_slot=by_slot)
+        for got, want in zip(settled[1:], reference[1:], strict=True):
+            assert (got is None) == (want is None)
+            assert got is None or (got.dtype == want.dtype and torch.equal(got, want))
+        for name in ("entries", "rows_of_rank", "expert_offsets", "tokens_per_expert"):
+            got, want = getattr(settled[0], name), getattr(reference[0], name)
+            assert got.dtype == want.dtype and np.array_equal(got, want), name

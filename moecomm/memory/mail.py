@@ -1,0 +1,176 @@
+"""Letters between the ranks of one host, in memory that they share.
+
+A *letter* says what its sender does, brings a few bytes, and is stamped last: who sees the stamp sees all of it. A
+receiver looks for a while, in machine code that lets others run; then it goes to sleep on its socket, says so in a
+flag, and must be woken. Without llvmlite there is nothing to order memory with but system calls: then nobody looks, all
+sleep and are always woken.
+
+A letter lies in the receiver's memory, in a place of its kind, number modulo `PLACES`, and source. A place is used anew
+only when its letter has been read, which the protocol of the transport sees to.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from functools import cache
+from types import ModuleType
+from typing import final
+
+import numpy as np
+from torch import Tensor
+
+PLACES = 4
+TAG_BYTES = 192
+_FLAG_BYTES = 64
+_HEAD_WORDS = 8  # stamp, sequence number, check sum of the tag, ticket, bytes of the tag; the rest is free
+_LINE_BYTES = 64
+_TRIES = 1000  # looks before going to sleep: each gives up the core, so it takes 0.3 ms where nobody else wants it
+
+
+class Kind(IntEnum):
+    """What a letter says."""
+
+    ARRIVE = 0  # the sender takes part in a gathering; with its bytes
+    DONE = 1  # the sender's rows of an operation are written; ticket: where it wants those of the next one
+
+
+@cache
+def _load_jit() -> ModuleType | None:
+    try:
+        from moecomm.memory import _mail_jit
+    except ImportError:
+        return None
+    return _mail_jit
+
+
+def letter_bytes(payload_bytes: int) -> int:
+    """Bytes of one letter, in whole cache lines.
+
+    >>> letter_bytes(4)
+    320
+    """
+    return -(-(8 * _HEAD_WORDS + TAG_BYTES + payload_bytes) // _LINE_BYTES) * _LINE_BYTES
+
+
+def mail_bytes(num_ranks: int, payload_bytes: int) -> int:
+    """Bytes of one rank's letter box.
+
+    >>> mail_bytes(2, 4) == 64 + 2 * PLACES * 2 * letter_bytes(4)
+    True
+    """
+    return _FLAG_BYTES + len(Kind) * PLACES * num_ranks * letter_bytes(payload_bytes)
+
+
+@final
+class Mail:
+    """The letter boxes of this rank and its peers. boxes: rank -> (`mail_bytes`,) uint8, this rank's among them.
+
+    >>> import torch
+    >>> box = torch.zeros(mail_bytes(1, 4), dtype=torch.uint8)
+    >>> mail = Mail({0: box}, rank=0, num_ranks=1, payload_bytes=4)
+    >>> mail.post(Kind.DONE, 0, seq=7, tag="combine", ticket=3)
+    []
+    >>> mail.has_all(Kind.DONE, 0), mail.tickets(0), mail.tags(7)
+    (True, {}, {})
+    """
+
+    def __init__(self, boxes: Mapping[int, Tensor], rank: int, num_ranks: int, payload_bytes: int) -> None:
+        self.rank, self.peers = rank, [peer for peer in boxes if peer != rank]
+        self.payload_bytes = payload_bytes
+        self._jit = _load_jit()
+        self._boxes = dict(boxes)  # keeps the memory
+        self._stride = letter_bytes(payload_bytes)
+        mine = boxes[rank].numpy()
+        shape = len(Kind), PLACES, num_ranks, self._stride
+        letters = mine[_FLAG_BYTES : mail_bytes(num_ranks, payload_bytes)].reshape(shape)
+        self._heads = letters[..., : 8 * _HEAD_WORDS].view(np.int64)
+        self._tags = letters[..., 8 * _HEAD_WORDS : 8 * _HEAD_WORDS + TAG_BYTES]
+        self._payloads = letters[..., 8 * _HEAD_WORDS + TAG_BYTES :]
+        self._flag = mine[:8].view(np.int64)
+        self._flag[0] = self._jit is None
+        self._draft = np.zeros(self._stride, np.uint8)
+        self._draft_head = self._draft[: 8 * _HEAD_WORDS].view(np.int64)
+        self._asleep = np.zeros(len(boxes), np.int64)
+        order = [rank, *self.peers]
+        self._flags = np.array([boxes[to].data_ptr() for to in order], np.int64)
+        self._addresses = [int(array.ctypes.data) for array in (self._draft, self._flags, self._asleep)]
+        self._box = int(self._flags[0])
+        place = np.arange(len(Kind) * PLACES * num_ranks).reshape(shape[:3]) * self._stride + _FLAG_BYTES
+        # (kind, place) -> where this rank writes in every box, and where peers write in this one.
+        self._outward = np.ascontiguousarray(self._flags + place[..., rank, None])
+        self._inward = np.ascontiguousarray(boxes[rank].data_ptr() + place[..., self.peers])
+        self._starts = int(self._outward.ctypes.data), int(self._inward.ctypes.data)
+
+    def post(
+        self, kind: Kind, number: int, *, seq: int, tag: str, ticket: int = -1, payload: np.ndarray | None = None
+    ) -> Sequence[int]:
+        """Send letter `number` of a kind to all, this rank included; the peers that sleep and must be woken."""
+        name = tag.encode()[:TAG_BYTES]
+        self._draft_head[1:5] = seq, zlib.crc32(name), ticket, len(name)
+        self._draft[8 * _HEAD_WORDS : 8 * _HEAD_WORDS + len(name)] = np.frombuffer(name, np.uint8)
+        size = 8 * _HEAD_WORDS + TAG_BYTES
+        if payload is not None:
+            data = payload.view(np.uint8)
+            self._draft[size : size + len(data)] = data
+            size += len(data)
+        if self._jit is None:
+            places = self._outward[kind, number % PLACES] - self._flags
+            for box, place in zip((self.rank, *self.peers), places, strict=True):
+                target = self._boxes[box].numpy()[place : place + size]
+                target[:8] = 0
+                target[8:] = self._draft[8:size]
+                target[:8].view(np.int64)[0] = number + 1
+            return self.peers
+        draft, flags, asleep = self._addresses
+        places = self._starts[0] + 8 * len(self._flags) * (kind * PLACES + number % PLACES)
+        self._jit.post_kernel()(len(self._flags), places, draft, size, number + 1, flags, asleep)
+        return [peer for peer, sleeps in zip(self.peers, self._asleep[1:].tolist(), strict=True) if sleeps]
+
+    def has_all(self, kind: Kind, number: int, *, patient: bool = True) -> bool:
+        """Whether all peers have sent letter `number` of a kind; patient: look for a while.
+
+        If not, this rank counts as asleep until `woke`, and a later letter of any kind will wake it.
+        """
+        if self._jit is None:
+            return not self.missing(kind, number)
+        places = self._starts[1] + 8 * len(self.peers) * (kind * PLACES + number % PLACES)
+        tries, flag = _TRIES if patient else 0, self._box
+        return bool(self._jit.await_kernel()(len(self.peers), places, number + 1, tries, flag))
+
+    def woke(self) -> None:
+        """This rank looks at its letters again."""
+        self._flag[0] = self._jit is None
+
+    def missing(self, kind: Kind, number: int) -> list[int]:
+        """The peers that have not sent letter `number` of a kind."""
+        stamps = self._heads[kind, number % PLACES, :, 0].tolist()
+        return [peer for peer in self.peers if stamps[peer] <= number]
+
+    def agrees(self, kind: Kind, number: int, tag: str) -> bool:
+        """Whether all that have sent exactly this letter do what `tag` says; False may be a false alarm."""
+        heads, check = self._heads[kind, number % PLACES].tolist(), zlib.crc32(tag.encode()[:TAG_BYTES])
+        return all(heads[peer][2] == check or heads[peer][0] != number + 1 for peer in self.peers)
+
+    def tags(self, seq: int) -> dict[int, str]:
+        """What peers are known to do in operation `seq`."""
+        told = {}
+        for peer in self.peers:
+            for kind in Kind:
+                for place in range(PLACES):
+                    head = self._heads[kind, place, peer]
+                    stamp, of, _, _, size, *_ = head.tolist()
+                    tag = self._tags[kind, place, peer, :size].tobytes().decode(errors="replace")
+                    if stamp and of == seq and int(head[0]) == stamp:  # else it is being written
+                        told[peer] = tag
+        return told
+
+    def tickets(self, number: int) -> dict[int, int]:
+        """What tickets came with the letters DONE of that number."""
+        tickets = self._heads[Kind.DONE, number % PLACES, :, 3].tolist()
+        return {peer: tickets[peer] for peer in self.peers}
+
+    def gathered(self, number: int, count: int) -> np.ndarray:
+        """(num_ranks, count) int32 payloads of the letters ARRIVE of that number, 0 from who has no box here."""
+        return self._payloads[Kind.ARRIVE, number % PLACES, :, : 4 * count].view(np.int32).copy()
