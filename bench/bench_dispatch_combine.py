@@ -4,8 +4,9 @@
     python bench/bench_dispatch_combine.py --tokens 1024            # one rank
 
 What is timed: the whole call as a user makes it, checks, planning and the exchange of counts included, from a barrier
-to the return on the slowest rank. Expert outputs exist already when combine is called. Every round runs each path once;
-results are checked before. Bytes are counted by `bench.traffic`, from the routing alone.
+to the return on the slowest rank. Expert outputs exist already when combine is called. Every round runs each path once,
+or a burst of pairs without a pause where there are few tokens; results are checked before. Bytes are counted by
+`bench.traffic`, from the routing alone.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moecomm
-from bench.baseline import Routing, baseline_combine, baseline_dispatch
+from bench.baseline import baseline_combine, baseline_dispatch
 from bench.case import Case, Ranks, add_shape_arguments, check_combine, check_dispatch, make_case
 from bench.record import Measurement, environment, percentiles, write
 from bench.roof import Roof
@@ -62,11 +64,14 @@ def run_case(args: argparse.Namespace, ranks: Ranks, tokens: int) -> list[Measur
                 phases.clear()
             one_round(args, ranks, case, buffer, outputs, roof, mine, times, phases)
         transport = buffer.transport
+    for path in dict.fromkeys(name.rsplit(" ", 1)[0] for name in times):
+        pairs = zip(times[f"{path} dispatch"], times[f"{path} combine"], strict=True)
+        times[f"{path} both"] = [sum(pair) for pair in pairs]
     slowest = ranks.slowest(times)
-    plan_percent = 100 * phases["plan"] * 1e6 / sum(times["moecomm dispatch"])
+    plan_percent = 1e8 * phases["plan"] / phases["dispatches"] / float(np.mean(times["moecomm dispatch"]))
     rows = summarize(args, transport, tokens, ranks.world, slowest, bytes_of, plan_percent)
     if ranks.rank == 0:
-        show(rows, {name: seconds / args.repeats for name, seconds in phases.items()})
+        show(rows, {name: phases[name] / phases["dispatches"] for name in PHASES})
     return rows
 
 
@@ -106,31 +111,30 @@ def one_round(
 ) -> None:
     """Run every path once; the order of the paths turns from round to round."""
 
+    burst = args.burst or (16 if case.tokens <= 256 else 1)
+
     def ours() -> None:
         before = buffer.stats()
-        sent: list[moecomm.Dispatched] = []
         dispatch = partial(buffer.dispatch, case.x, case.topk_idx, case.topk_weights_TK, layout=args.layout)
-        times["moecomm dispatch"].append(ranks.time_us(lambda: sent.append(dispatch())))
-        between = buffer.stats()
-        handle = sent.pop().handle  # the rows may go
-        times["moecomm combine"].append(ranks.time_us(lambda: buffer.combine(outputs, handle)))
+        pairs = ranks.time_pairs_us(dispatch, lambda sent: buffer.combine(outputs, sent.handle), burst)
         after = buffer.stats()
+        times["moecomm dispatch"] += [pair[0] for pair in pairs]
+        times["moecomm combine"] += [pair[1] for pair in pairs]
+        phases["dispatches"] += after["dispatches"] - before["dispatches"]
         for name in PHASES:
-            phases[name] += between[f"{name}_s"] - before[f"{name}_s"]
-            phases[f"combine {name}"] += after[f"{name}_s"] - between[f"{name}_s"]
+            phases[name] += after[f"{name}_s"] - before[f"{name}_s"]
 
     def theirs() -> None:
-        sent: list[tuple[Tensor, Routing]] = []
         dispatch = partial(baseline_dispatch, case.x, case.topk_idx, args.experts)
-        times["baseline dispatch"].append(ranks.time_us(lambda: sent.append(dispatch())))
-        routing = sent.pop()[1]
-        combine = partial(baseline_combine, outputs, case.topk_weights_TK, routing)
-        times["baseline combine"].append(ranks.time_us(combine))
+        weights = case.topk_weights_TK
+        pairs = ranks.time_pairs_us(dispatch, lambda sent: baseline_combine(outputs, weights, sent[1]), burst)
+        times["baseline dispatch"] += [pair[0] for pair in pairs]
+        times["baseline combine"] += [pair[1] for pair in pairs]
 
     def roofs() -> None:
         for operation, num_bytes in moved.items():
-            times[f"memcpy {operation}"].append(ranks.time_us(partial(roof.memcpy, num_bytes)))
-            times[f"streamed copy {operation}"].append(ranks.time_us(partial(roof.streamed_copy, num_bytes)))
+            for name, copy in (("memcpy", roof.memcpy), ("streamed copy", roof.streamed_copy)):
+                times[f"{name} {operation}"] += [ranks.time_us(partial(copy, num_bytes)) for _ in range(burst)]
 
     rounds = {"moecomm": ours, "baseline": theirs, "roof": roofs}
     wanted = [name for name in rounds if name in args.paths]
@@ -153,9 +157,6 @@ def summarize(
     dtype = str(args.dtype).removeprefix("torch.")
     case = f"W={world} T={tokens} H={args.hidden} K={args.top_k} E={args.experts} {dtype} {args.layout} {args.reduce}"
     paths = list(dict.fromkeys(name.rsplit(" ", 1)[0] for name in times))
-    for path in paths:
-        pairs = zip(times[f"{path} dispatch"], times[f"{path} combine"], strict=True)
-        times[f"{path} both"] = [sum(pair) for pair in pairs]
     rows = []
     for operation in ("dispatch", "combine", "both"):
         parts = ("dispatch", "combine") if operation == "both" else (operation,)
@@ -215,7 +216,10 @@ def show(rows: Sequence[Measurement], phase_s: dict[str, float]) -> None:
         print(
             f"{operation}: {local:.1f} MB local, {remote:.1f} MB remote ({least:.1f} deduplicated), {moved:.1f} moved"
         )
-    print("phases on rank 0, ms:", ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in phase_s.items()))
+    print(
+        "phases of dispatch and combine on rank 0, ms:",
+        ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in phase_s.items()),
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -223,6 +227,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape_arguments(parser)
     parser.add_argument("--paths", type=lambda text: text.split(","), default=["moecomm", "baseline", "roof"])
+    parser.add_argument("--burst", type=int, default=0, help="pairs in a row; 0: 16 up to 256 tokens, else 1")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=5, help="rounds before them")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.json (cases that are there are replaced)")

@@ -273,7 +273,8 @@ def _(grad_rows: Any, grad_weights: Any, handle: Any, buffer_id: Any, layout: An
 # -- combine -----------------------------------------------------------------------------------------------------
 
 
-def combine_now(
+@torch.library.custom_op("moecomm::combine", mutates_args=())
+def combine(
     rows: Tensor,
     row_weights: Tensor | None,
     bias: Tensor | None,
@@ -288,9 +289,6 @@ def combine_now(
     home = Homecoming(rows=rows.contiguous(), weighted=row_weights is not None, bias=bias)
     planned = _handle(handle, layout, align, buffer_id)
     return _run(core, started, lambda: start_combine(core, home, planned))[0]
-
-
-combine = torch.library.custom_op("moecomm::combine", combine_now, mutates_args=())
 
 
 @combine.register_fake
@@ -381,9 +379,12 @@ def replayed(
 def combined(rows: Tensor, weighted: bool, bias: Tensor | None, handle: DispatchHandle, started: int) -> Tensor:
     """Run (or finish) a combine."""
     row_weights = handle.row_weights if weighted else None
+    if nobody_watches(rows, row_weights, bias):
+        core = core_of(handle.buffer_id)
+        home = Homecoming(rows=rows, weighted=weighted, bias=bias)
+        return _run(core, started, lambda: start_combine(core, home, handle))[0]
     args = (rows, row_weights, bias, handle.tensors(), handle.buffer_id, handle.layout, handle.align, started)
-    run = combine_now if nobody_watches(rows, row_weights, bias) else torch.ops.moecomm.combine
-    return run(*args)
+    return torch.ops.moecomm.combine(*args)
 
 
 def _arrange(

@@ -231,6 +231,8 @@ class Counts:
 
     def padding_rows(self) -> np.ndarray:
         """Rows of my output that no rank writes."""
+        if self.align == 1:
+            return np.empty(0, np.int64)
         ends = self.group_starts[self.mine] + self.padded[self.mine]
         runs = [np.arange(end - pad, end) for end, pad in zip(ends, self._padding(), strict=True) if pad]
         return np.concatenate(runs) if runs else np.empty(0, np.int64)

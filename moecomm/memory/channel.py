@@ -68,6 +68,7 @@ class Channel:
         self._lost: set[int] = set()
         self._first_tickets: dict[int, int] = {}
         self._num_gathered = 0
+        self._all_done = -1  # the last operation whose rows are known to be here
         self._last_tag = ""  # of the operation before the next one
         self._poll = select.poll()
         self._rank_of_fd: dict[int, int] = {}
@@ -99,7 +100,8 @@ class Channel:
         """Wait until every peer has said where it wants the rows of operation `seq`."""
         if not seq:
             return self._first_tickets
-        self._wait(Kind.DONE, seq - 1, seq - 1, self._last_tag)
+        if self._all_done < seq - 1:
+            self._wait(Kind.DONE, seq - 1, seq - 1, self._last_tag)
         return self._box().tickets(seq - 1)
 
     def done(self, seq: int, tag: str, ticket: int) -> None:
@@ -110,6 +112,7 @@ class Channel:
     def all_done(self, seq: int, tag: str) -> None:
         """Wait until all peers have written their rows of operation `seq`."""
         self._wait(Kind.DONE, seq, seq, tag)
+        self._all_done = max(self._all_done, seq)
 
     def abort(self, error: MoECommError, tag: str = "") -> None:
         """Tell every peer that can be told why this rank gives up, and (tag) what it was doing."""

@@ -92,6 +92,7 @@ class Mail:
         self._flag[0] = self._jit is None
         self._draft = np.zeros(self._stride, np.uint8)
         self._draft_head = self._draft[: 8 * _HEAD_WORDS].view(np.int64)
+        self._draft_tag = ""
         self._asleep = np.zeros(len(boxes), np.int64)
         order = [rank, *self.peers]
         self._flags = np.array([boxes[to].data_ptr() for to in order], np.int64)
@@ -107,9 +108,11 @@ class Mail:
         self, kind: Kind, number: int, *, seq: int, tag: str, ticket: int = -1, payload: np.ndarray | None = None
     ) -> Sequence[int]:
         """Send letter `number` of a kind to all, this rank included; the peers that sleep and must be woken."""
-        name = tag.encode()[:TAG_BYTES]
-        self._draft_head[1:5] = seq, zlib.crc32(name), ticket, len(name)
-        self._draft[8 * _HEAD_WORDS : 8 * _HEAD_WORDS + len(name)] = np.frombuffer(name, np.uint8)
+        if tag != self._draft_tag:
+            name = tag.encode()[:TAG_BYTES]
+            self._draft[8 * _HEAD_WORDS : 8 * _HEAD_WORDS + len(name)] = np.frombuffer(name, np.uint8)
+            self._draft_tag, self._draft_head[2], self._draft_head[4] = tag, zlib.crc32(name), len(name)
+        self._draft_head[1], self._draft_head[3] = seq, ticket
         size = 8 * _HEAD_WORDS + TAG_BYTES
         if payload is not None:
             data = payload.view(np.uint8)
@@ -150,7 +153,8 @@ class Mail:
 
     def agrees(self, kind: Kind, number: int, tag: str) -> bool:
         """Whether all that have sent exactly this letter do what `tag` says; False may be a false alarm."""
-        heads, check = self._heads[kind, number % PLACES].tolist(), zlib.crc32(tag.encode()[:TAG_BYTES])
+        heads = self._heads[kind, number % PLACES].tolist()
+        check = int(self._draft_head[2]) if tag == self._draft_tag else zlib.crc32(tag.encode()[:TAG_BYTES])
         return all(heads[peer][2] == check or heads[peer][0] != number + 1 for peer in self.peers)
 
     def tags(self, seq: int) -> dict[int, str]:

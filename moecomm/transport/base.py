@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class Merge:
     recv_rows: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Lane:
     """One payload of an exchange. Only transports that write into peers' memory look at other ranks' `out_rows`.
 
@@ -76,6 +77,11 @@ class Lane:
     recv_slots: Callable[[], np.ndarray] | None = None
     repeats: bool = False
     merge: Merge | None = None
+
+    @cached_property
+    def num_sent(self) -> int:
+        """Rows that this rank sends, those to itself included."""
+        return int(self.send_counts.sum())
 
 
 class Exchange(ABC):

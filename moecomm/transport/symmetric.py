@@ -120,18 +120,19 @@ class SymmetricExchange(Exchange):
     def __init__(self, transport: SymmetricTransport, tag: str, lanes: Sequence[Lane]) -> None:
         self._transport, self._tag, self._lanes = transport, tag, lanes
         self._rank, self._segment = transport.group.rank, transport.ticket
-        out_bytes = np.array([lane.out_rows * lane.row_bytes for lane in lanes]).reshape(len(lanes), -1)
-        aligned = -(-out_bytes // LANE_ALIGN_BYTES) * LANE_ALIGN_BYTES
-        if aligned.sum(0).max() > transport.pool.segment_bytes:
+        sizes = np.array([lane.out_rows for lane in lanes], np.int64).reshape(len(lanes), transport.group.size)
+        sizes *= [[lane.row_bytes] for lane in lanes]
+        sizes += -sizes % LANE_ALIGN_BYTES
+        ends = sizes.cumsum(0)
+        if ends[-1].max() > transport.pool.segment_bytes:
             raise CapacityError(
                 "the rows do not fit the receive segment",
-                got=f"{aligned.sum(0).max()} bytes on rank {aligned.sum(0).argmax()}",
+                got=f"{ends[-1].max()} bytes on rank {ends[-1].argmax()}",
                 expected=f"at most {transport.pool.segment_bytes}",
                 remedy="raise max_tokens_per_rank, or send smaller rows",
                 rank=self._rank,
             )
-        self._offsets = np.cumsum(aligned, 0) - aligned  # (lanes, W)
-        self._sections = [np.cumsum(lane.send_counts) - lane.send_counts for lane in lanes]
+        self._offsets = ends - sizes  # (lanes, W)
         self._seq = transport.seq
         self._segments = transport.channel.tickets(self._seq) | {self._rank: self._segment}
         transport.seq += 1
@@ -155,7 +156,7 @@ class SymmetricExchange(Exchange):
         if spec.send_slots is None:
             copy_rows(self.target(lane, dst), src, index)
         else:
-            start = int(self._sections[lane][dst])
+            start = int(spec.send_counts[:dst].sum())
             slots = spec.send_slots[start : start + int(spec.send_counts[dst])]
             copy_rows(self._view(lane, dst), src, index, slots)
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -66,6 +67,22 @@ def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, transpo
 @pytest.mark.parametrize("seed", range(6))
 def test_random_case(pool_of: Callable[[int], RankPool], transport: str, seed: int) -> None:
     demand(pool_of(3).run(run_on_rank, transport, random_case(seed), 3), 3)
+
+
+def run_without_llvmlite(rank: int, transport: str, case: Case) -> list[ConformanceResult]:
+    """As on a machine where there is no compiler: plain torch everywhere, and signals that wake."""
+    from moecomm import plan, rows
+    from moecomm.memory import mail
+
+    with contextlib.ExitStack() as patches:
+        for module, answer in ((plan, None), (mail, None), (rows, (None, "removed"))):
+            patches.enter_context(mock.patch.object(module, "_load_jit", mock.Mock(return_value=answer)))
+        return run_on_rank(rank, transport, case, 2)
+
+
+@pytest.mark.parametrize("name", ["plain", "uneven_experts"])
+def test_works_without_a_compiler(pool_of: Callable[[int], RankPool], name: str) -> None:
+    demand(pool_of(3).run(run_without_llvmlite, "symmetric", CASES[name]), 3)
 
 
 # -- the same file under the launchers ---------------------------------------------------------------------------
