@@ -1,12 +1,13 @@
 """Any MPI: rows travel in non-blocking `Alltoallv`, counted in rows; no torch.distributed anywhere.
 
-Every operation begins with small messages between all pairs of ranks (see `mpi_post`): what is being done, and how many
-rows. Rows move once all ranks are known to do the same, in the order of operations; they are packed by destination,
-and unpacked where they do not arrive in order. Rows to this rank itself never pass through MPI.
+Every operation begins with small messages between all pairs of ranks (see `_mpi_post`): what is being done, and how
+many rows. Rows move once all ranks are known to do the same, in the order of operations; they are packed by
+destination, and unpacked where they do not arrive in order. Rows to this rank itself never pass through MPI.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 
 from moecomm import errors
-from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
+from moecomm.errors import DesyncError, MoECommError, PeerLostError, StaleHandleError, StallError
 from moecomm.group import Group
-from moecomm.rows import copy_rows, empty_rows
+from moecomm.rows import empty_rows
 from moecomm.topology import Topology
+from moecomm.transport._mpi_exchange import MpiExchange
+from moecomm.transport._mpi_post import PROGRESS, Kind, duplicate, mpi_error, names, pause, post_of
+from moecomm.transport._staging import CopyEngine, Slots, copy_engine, device_awareness
 from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
-from moecomm.transport.mpi_post import PROGRESS, Kind, duplicate, mpi_error, names, pause, post_of
-from moecomm.transport.staging import CopyEngine, Slots, StagedRows, copy_engine, device_awareness
 
 _GRACE_S = 0.5  # once one rank is seen to do something else, the others get this long to say what they do
 _abandoned: list[object] = []  # requests that never completed, and their buffers: MPI may write to them until it ends
@@ -40,6 +42,7 @@ class MpiTransport(Transport):
 
         self.group, self.mpi, self.timeout_s, self.device = group, MPI, options.timeout_s, options.device
         self.num_launched = 0
+        self._pid = os.getpid()
         self._seq = 0
         self._queue: deque[MpiExchange] = deque()  # committed, and not yet known to be wanted by all ranks
         self._flying: list[MpiExchange] = []
@@ -99,6 +102,8 @@ class MpiTransport(Transport):
         return MpiExchange(self, seq, tag, lanes, agreed=False)
 
     def close(self) -> None:
+        if os.getpid() != self._pid:  # a fork must not speak for its parent
+            return
         with PROGRESS.lock:
             if self._closed or self.mpi.Is_finalized():
                 return
@@ -111,7 +116,8 @@ class MpiTransport(Transport):
 
     def abort(self, error: MoECommError) -> None:
         self._broken = True
-        self.post.tell(self.box, error)
+        if not self._closed:
+            self.post.tell(self.box, error)
 
     def stats(self) -> dict[str, int]:
         in_flight = len(self._queue) + len(self._flying)
@@ -165,25 +171,30 @@ class MpiTransport(Transport):
     def _begin(self, tag: str, payloads: dict[int, bytes]) -> int:
         """Tell every peer which operation this rank is in."""
         with PROGRESS.lock:
+            self._check_open(tag)
             seq, self._seq = self._seq, self._seq + 1
             self._call_mpi(lambda: self.post.send_all(self.box, Kind.HEADER, seq, tag, payloads))
         return seq
 
     def _advance(self) -> bool:
         """Launch what all ranks agree on, in order, and see what has arrived; True while something is under way."""
-        if self._error is None and self.post.error is None:
+        broken = self._broken or self._error is not None or self.post.error is not None
+        if not broken:
             self._call_mpi(self._advance_now)
-        if self._closed and (self._broken or self._error or self.post.error):
+        if self._closed and broken:
             _abandoned.extend(self._flying)  # and the communicator is not freed: late messages must not find another
             self._flying = []
             self.post.shut(self.box)
         elif self._closed and not self._flying:
             self.post.shut(self.box)
-            for row_type in self._types.values():
-                row_type.Free()
-            self._types = {}
-            self.comm.Free()
-        return bool(self._flying or self._queue)
+            self._call_mpi(self._free)
+        return not broken and bool(self._flying or self._queue)
+
+    def _free(self) -> None:
+        for row_type in self._types.values():
+            row_type.Free()
+        self._types.clear()
+        self.comm.Free()
 
     def _advance_now(self) -> None:
         while self._queue and self._may_launch(self._queue[0]):
@@ -202,7 +213,7 @@ class MpiTransport(Transport):
     def _call_mpi(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except self.mpi.Exception as error:
+        except Exception as error:  # of MPI, or of a device; possibly in the progress thread: raised where one waits
             self._error = error
 
     # -- waiting -----------------------------------------------------------------------------------------------------
@@ -240,6 +251,7 @@ class MpiTransport(Transport):
 
     def _raise_what_is_known(self, seq: int, tag: str, lost: list[int]) -> None:
         where = self._where(seq, tag)
+        self._check_open(tag)
         if error := self._error or self.post.error:
             self._fail(mpi_error(error, **where), error)
         for peer, told in self.box.aborts.items():
@@ -252,6 +264,12 @@ class MpiTransport(Transport):
             self._fail(PeerLostError(f"{names(gone)} closed its buffer", **where, peers=gone))
         if lost:
             self._fail(PeerLostError(f"{names(lost)} is gone (its process ended)", **where, peers=lost))
+
+    def _check_open(self, tag: str) -> None:
+        if self._closed:
+            what = "the buffer was closed, as MPI or the communicator it stands on ended"
+            remedy = "keep both until the buffer is done"
+            raise StaleHandleError(what, remedy=remedy, rank=self.group.rank, operation=tag.split(" ")[0])
 
     def _conflict(self, seq: int, tag: str) -> DesyncError | None:
         """The error to raise if a peer is known to do something else in this operation or in an earlier one."""
@@ -282,143 +300,3 @@ class MpiTransport(Transport):
 
     def _where(self, seq: int, tag: str) -> dict[str, Any]:
         return {"rank": self.group.rank, "operation": tag.split(" ")[0], "seq": seq}
-
-
-@final
-class _LaneRows:
-    """The rows of a lane on this rank, on their way: packed by destination, as received, and in their places."""
-
-    def __init__(self, transport: MpiTransport, lane: Lane) -> None:
-        rank = transport.group.rank
-        self.lane = lane
-        self.send_counts, self.recv_counts = _without(lane.send_counts, rank), _without(lane.recv_counts, rank)
-        self.send_starts = np.cumsum(self.send_counts) - self.send_counts
-        self.packed = transport.take_scratch(int(self.send_counts.sum()), lane.row_bytes)
-        self.out = empty_rows(int(lane.out_rows[rank]), lane.row_bytes, torch.uint8, transport.device)
-        if lane.recv_slots is None:
-            self.received = self.out
-            self.recv_starts = np.cumsum(lane.recv_counts) - lane.recv_counts
-        else:
-            self.received = transport.take_scratch(int(self.recv_counts.sum()), lane.row_bytes)
-            self.recv_starts = np.cumsum(self.recv_counts) - self.recv_counts
-
-    def unpack(self, rank: int) -> Tensor:
-        """Put the rows of peers where they belong."""
-        if self.lane.recv_slots is not None and len(self.received):
-            start = int(self.lane.recv_counts[:rank].sum())
-            own = slice(start, start + int(self.lane.recv_counts[rank]))
-            slots = torch.from_numpy(np.delete(self.lane.recv_slots(), own)).to(self.out.device)
-            copy_rows(self.out, self.received, torch.arange(len(self.received), device=self.out.device), slots)
-        return self.out
-
-
-def _without(counts: np.ndarray, rank: int) -> np.ndarray:
-    """The counts with nothing for this rank."""
-    counts = counts.astype(np.int64)
-    counts[rank] = 0
-    return counts
-
-
-@final
-class MpiExchange(Exchange):
-    """Packed, launched when all ranks agree and the device is done packing, unpacked."""
-
-    def __init__(self, transport: MpiTransport, seq: int, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> None:
-        self.seq, self.tag, self.agreed, self.done = seq, tag, agreed, False
-        self.is_ready: Callable[[], bool] = lambda: True
-        self._transport, self._rank = transport, transport.group.rank
-        self._rows = [_LaneRows(transport, lane) for lane in lanes]
-        self._requests: list[Any] = []
-        self._staged: StagedRows | None = None
-        self._out: list[Tensor] | None = None
-
-    def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
-        rows = self._rows[lane]
-        slots = rows.lane.send_slots
-        if dst == self._rank and slots is not None:
-            start = int(rows.lane.send_counts[:dst].sum())
-            copy_rows(rows.out, src, index, slots[start : start + int(rows.lane.send_counts[dst])])
-        else:
-            copy_rows(self.target(lane, dst), src, index)
-
-    def target(self, lane: int, dst: int) -> Tensor:
-        rows = self._rows[lane]
-        if dst == self._rank and rows.lane.recv_slots is None:
-            start = int(rows.recv_starts[dst])
-            return rows.out[start : start + int(rows.lane.recv_counts[dst])]
-        start = int(rows.send_starts[dst])
-        return rows.packed[start : start + int(rows.send_counts[dst])]
-
-    def commit(self) -> None:
-        if self._transport.engine is not None:
-            self.is_ready = self._transport.engine.mark()
-        self._transport.commit(self)
-
-    def wait(self) -> list[Tensor]:
-        if self._out is None:
-            self._transport.finish(self)
-            self._out = [rows.unpack(self._rank) for rows in self._rows]
-            for rows in self._rows:
-                self._transport.give_scratch(rows.packed)
-                if rows.received is not rows.out:
-                    self._transport.give_scratch(rows.received)
-            self._rows = []
-        return self._out
-
-    def own(self, lane: int) -> Tensor:
-        return self.wait()[lane]
-
-    def release(self) -> None: ...
-
-    # -- called with the lock ----------------------------------------------------------------------------------------
-
-    def agrees_with(self, headers: dict[int, tuple[str, bytes]]) -> DesyncError | None:
-        """The error to raise if a peer sends other numbers of rows than this rank expects, or None."""
-        expected = np.array([rows.lane.recv_counts for rows in self._rows], "<i8")
-        told = {peer: np.frombuffer(payload, "<i8") for peer, (_, payload) in headers.items()}
-        others = [peer for peer in sorted(told) if not np.array_equal(told[peer], expected[:, peer])]
-        if not others:
-            return None
-        peer = others[0]
-        return DesyncError(
-            f"the ranks do not use handles of the same dispatch: {names(others)} sent other rows than expected",
-            got=f"{told[peer].tolist()} rows from rank {peer}",
-            expected=expected[:, peer].tolist(),
-            remedy="use the handle of the same dispatch on every rank",
-            rank=self._rank,
-            operation=self.tag.split(" ")[0],
-            seq=self.seq,
-            peers=others,
-        )
-
-    def launch(self) -> int:
-        """Let the rows go; how many collectives of MPI that took."""
-        transport = self._transport
-        moved = [rows for rows in self._rows if rows.lane.row_bytes and transport.post.peers]
-        if transport.slots is not None:
-            self._staged = StagedRows(transport.slots, transport.comm, transport.mpi)
-            for number, rows in enumerate(moved):
-                row_type = transport.row_type(rows.lane.row_bytes)
-                outward = rows.packed, rows.send_counts, rows.send_starts
-                inward = rows.received, rows.recv_counts, rows.recv_starts
-                self._staged.add(number, row_type, outward, inward)
-            return 0
-        for rows in moved:
-            row_type = transport.row_type(rows.lane.row_bytes)
-            sent = [_memory(transport.mpi, rows.packed), (rows.send_counts, rows.send_starts), row_type]
-            received = [_memory(transport.mpi, rows.received), (rows.recv_counts, rows.recv_starts), row_type]
-            self._requests.append(transport.comm.Ialltoallv(sent, received))
-        return len(moved)
-
-    def test(self) -> bool:
-        """Whether all rows are here, and all of this rank's are off; lets MPI work on it."""
-        if self._staged is not None:
-            self.done = self._staged.advance()
-        else:
-            self.done = self._transport.mpi.Request.Testall(self._requests)
-        return self.done
-
-
-def _memory(mpi: Any, rows: Tensor) -> Any:
-    """The memory of a tensor, on whatever device, as MPI takes it."""
-    return mpi.buffer.fromaddress(rows.data_ptr(), rows.numel())

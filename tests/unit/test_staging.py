@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moecomm.transport.staging import Chunk, Pipeline, Slots, StreamEngine, copy_engine, device_awareness
+from moecomm.transport._staging import Chunk, Pipeline, Slots, StreamEngine, copy_engine, device_awareness
 
 Step = Callable[[Chunk, Tensor], Callable[[], bool]]
 

@@ -30,6 +30,7 @@ _LOOK_S = 0.005  # how often the processes of peers are looked at
 _BUSY_S = 0.0003  # pause of the progress thread while rows travel
 _IDLE_S = 0.02  # and while nothing does: late questions are answered within this time
 _MAX_PAUSE_S = 0.0005
+_LAST_S = 1.0  # what rows that nobody waits for get to leave before MPI ends
 
 Key = tuple[int, int]
 
@@ -228,6 +229,7 @@ class Progress:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._hooked = False
+        self._pid = 0  # of the process that the hooks belong to
 
     def add(self, post: Post) -> None:
         """A post has transports; start the thread if MPI allows several, and see that it ends before MPI does."""
@@ -240,7 +242,7 @@ class Progress:
                 self._thread = threading.Thread(target=self._run, name="moecomm mpi progress", daemon=True)
                 self._thread.start()
             if not self._hooked:
-                self._hooked = True
+                self._hooked, self._pid = True, os.getpid()
                 atexit.register(self.end)
                 MPI.COMM_SELF.Set_attr(type(MPI.COMM_SELF).Create_keyval(delete_fn=self.end), None)
 
@@ -251,10 +253,16 @@ class Progress:
         self._wake.set()
 
     def end(self, *_: object) -> None:
-        """MPI is about to end: say goodbye for the transports that are open."""
+        """MPI is about to end: say goodbye for the transports that are open, and let go what is on its way."""
+        if os.getpid() != self._pid:
+            return
         with self.lock:
             for post in list(self._posts):
                 post.close_all()
+        start = time.monotonic()
+        while self.pump() and time.monotonic() - start < _LAST_S:
+            pause(time.monotonic() - start)
+        with self.lock:
             self._posts.clear()
             thread = self._thread
         self._wake.set()
@@ -367,6 +375,9 @@ def names(ranks: Sequence[int]) -> str:
 
 
 def mpi_error(error: Exception, **where: Any) -> PeerLostError:
-    """What MPI reports, as an error of ours."""
-    what, remedy = "MPI reports an error", "look at the other ranks and at the network; build a new Buffer"
+    """What MPI reports (or a device, on the way to it), as an error of ours."""
+    from mpi4py import MPI
+
+    what = "MPI reports an error" if isinstance(error, MPI.Exception) else "moving rows broke off"
+    remedy = "look at the other ranks and at the network; build a new Buffer"
     return PeerLostError(what, got=repr(str(error)), remedy=remedy, **where)
