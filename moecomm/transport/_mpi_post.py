@@ -30,7 +30,6 @@ _LOOK_S = 0.005  # how often the processes of peers are looked at
 _BUSY_S = 0.0003  # pause of the progress thread while rows travel
 _IDLE_S = 0.02  # and while nothing does: late questions are answered within this time
 _MAX_PAUSE_S = 0.0005
-_LAST_S = 1.0  # what rows that nobody waits for get to leave before MPI ends
 
 Key = tuple[int, int]
 
@@ -79,7 +78,7 @@ class Post:
         self._processes = processes
         self._boxes: dict[Key, Mailbox] = {}
         self._num_opened: dict[int, int] = defaultdict(int)
-        self._sending: list[tuple[Any, bytes]] = []
+        self._sending: list[tuple[int, Any, bytes]] = []  # to whom
         self._arriving: list[tuple[int, bytearray, Any]] = []
         self._watched: dict[int, int] = {}  # descriptor -> peer
         self._poll = select.poll()
@@ -92,7 +91,7 @@ class Post:
         with PROGRESS.lock:
             key = buffer_id, self._num_opened[buffer_id]
             self._num_opened[buffer_id] += 1
-            if not self._boxes:
+            if not self._watched:
                 self._watch()
             box = self._boxes[key] = Mailbox(key, advance, close)
         PROGRESS.add(self)
@@ -102,11 +101,17 @@ class Post:
         """Forget a mailbox; what still comes for it is thrown away."""
         with PROGRESS.lock:
             self._boxes.pop(box.key, None)
-            if not self._boxes:
-                PROGRESS.remove(self)
-                for fd in self._watched:
-                    os.close(fd)
-                self._watched, self._poll = {}, select.poll()
+            self._rest()
+
+    def _rest(self) -> bool:
+        """Without transports, and when everything has been said, there is nothing to do; True if so."""
+        if self._boxes or (self.error is None and any(peer not in self.lost for peer, *_ in self._sending)):
+            return False
+        PROGRESS.remove(self)
+        for fd in self._watched:
+            os.close(fd)
+        self._watched, self._poll = {}, select.poll()
+        return True
 
     def close_all(self) -> None:
         """Close the transports that are open."""
@@ -128,7 +133,7 @@ class Post:
         """Send one message; never waits."""
         name = tag.encode()
         data = _HEADER.pack(kind, *box.key, seq, len(name)) + name + payload
-        self._sending.append((self._comm.Isend([data, self._mpi.BYTE], peer), data))
+        self._sending.append((peer, self._comm.Isend([data, self._mpi.BYTE], peer), data))
 
     def send_all(
         self, box: Mailbox, kind: Kind, seq: int, tag: str = "", payloads: Mapping[int, bytes] | None = None
@@ -161,14 +166,16 @@ class Post:
         """Take what has come and let every transport advance; True while something is under way."""
         if self.error is None:
             try:
-                self._sending = [(request, data) for request, data in self._sending if not request.Test()]
+                self._sending = [message for message in self._sending if not message[1].Test()]
                 self._receive()
             except self._mpi.Exception as error:
                 self.error = error
         if time.monotonic() - self._looked_s > _LOOK_S:
             self.lost |= {self._watched[fd] for fd, _ in self._poll.poll(0)}
             self._looked_s = time.monotonic()
-        return max([box.advance() for box in list(self._boxes.values())], default=False)
+        if self._boxes:
+            return max(box.advance() for box in list(self._boxes.values()))
+        return not self._rest()
 
     def _receive(self) -> None:
         status = self._mpi.Status()
@@ -230,6 +237,7 @@ class Progress:
         self._thread: threading.Thread | None = None
         self._hooked = False
         self._pid = 0  # of the process that the hooks belong to
+        self.last_s = 0.0  # what is on its way gets this long before MPI ends: the longest timeout_s of a buffer
 
     def add(self, post: Post) -> None:
         """A post has transports; start the thread if MPI allows several, and see that it ends before MPI does."""
@@ -253,14 +261,17 @@ class Progress:
         self._wake.set()
 
     def end(self, *_: object) -> None:
-        """MPI is about to end: say goodbye for the transports that are open, and let go what is on its way."""
+        """MPI is about to end: say goodbye for the transports that are open, and stay until all is on its way.
+
+        Rows that MPI has taken are not gone: they travel while somebody calls it, and `MPI_Finalize` need not.
+        """
         if os.getpid() != self._pid:
             return
         with self.lock:
             for post in list(self._posts):
                 post.close_all()
         start = time.monotonic()
-        while self.pump() and time.monotonic() - start < _LAST_S:
+        while self.pump() and time.monotonic() - start < self.last_s:
             pause(time.monotonic() - start)
         with self.lock:
             self._posts.clear()

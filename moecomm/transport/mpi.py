@@ -50,6 +50,7 @@ class MpiTransport(Transport):
         self._scratch: list[Tensor] = []
         self._error: Exception | None = None
         self._broken = self._closed = False
+        self._give_up_s = float("inf")  # when rows that nobody waits for are given up
         aware = device_awareness(group.mpi_comm, options.device)[0]
         told = group.all_gather_object(aware, timeout_s=options.timeout_s, operation="Buffer()")
         self.engine: CopyEngine | None = copy_engine(options.device)
@@ -108,10 +109,10 @@ class MpiTransport(Transport):
             if self._closed or self.mpi.Is_finalized():
                 return
             self._advance()
-            first = self._queue[0].seq if self._queue else self._seq
-            self._queue.clear()
-            self._call_mpi(lambda: self.post.send_all(self.box, Kind.BYE, first))
+            self._call_mpi(lambda: self.post.send_all(self.box, Kind.BYE, self._seq))
             self._closed = True
+            self._give_up_s = time.monotonic() + self.timeout_s
+            PROGRESS.last_s = max(PROGRESS.last_s, self.timeout_s)
             self._advance()
 
     def abort(self, error: MoECommError) -> None:
@@ -181,14 +182,21 @@ class MpiTransport(Transport):
         broken = self._broken or self._error is not None or self.post.error is not None
         if not broken:
             self._call_mpi(self._advance_now)
-        if self._closed and broken:
+        if self._closed and (broken or self._is_hopeless()):
             _abandoned.extend(self._flying)  # and the communicator is not freed: late messages must not find another
             self._flying = []
+            self._queue.clear()
             self.post.shut(self.box)
-        elif self._closed and not self._flying:
+        elif self._closed and not (self._flying or self._queue):
             self.post.shut(self.box)
             self._call_mpi(self._free)
         return not broken and bool(self._flying or self._queue)
+
+    def _is_hopeless(self) -> bool:
+        """Whether rows that nobody waits for cannot be expected to leave: a peer is gone, gave up, or is too late."""
+        last = max((exchange.seq for exchange in (*self._flying, *self._queue)), default=-1)
+        gone = any(first <= last for first in self.box.byes.values())
+        return last >= 0 and (gone or bool(self.post.lost or self.box.aborts) or time.monotonic() >= self._give_up_s)
 
     def _free(self) -> None:
         for row_type in self._types.values():
@@ -204,10 +212,10 @@ class MpiTransport(Transport):
         self._flying = [exchange for exchange in self._flying if not exchange.test()]
 
     def _may_launch(self, exchange: MpiExchange) -> bool:
+        one_at_a_time = self.slots is not None and bool(self._flying)
         if not exchange.agreed and self._heard(exchange.seq) and self._conflict(exchange.seq, exchange.tag) is None:
             exchange.agreed = True
             self.box.headers.pop(exchange.seq, None)
-        one_at_a_time = self.slots is not None and bool(self._flying)
         return exchange.agreed and exchange.is_ready() and not one_at_a_time
 
     def _call_mpi(self, call: Callable[[], object]) -> None:

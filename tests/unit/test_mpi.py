@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
 import time
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import moecomm
 from moecomm.group import Group
 from moecomm.testing.mpi import mpi_missing, run_mpi
 from moecomm.topology import Topology
+from moecomm.transport._mpi_exchange import MpiExchange
 from moecomm.transport.mpi import MpiTransport
 
 BIG_ROW_BYTES, NUM_BIG_ROWS = 1 << 20, 2200  # 2.15 GiB to one rank: more than 2**31 bytes, and than 2**31 - 1
@@ -163,16 +166,33 @@ def ends(comm: Any) -> None:
 
 def dropped(comm: Any) -> None:
     """What is never waited for still reaches the others, also when its buffer is gone; then MPI ends as usual."""
-    buffer = make(comm, hidden=4096)
+    buffer = make(comm, hidden=4096, timeout_s=20.0)
     x, topk_idx = inputs(buffer, 2000)
     if comm.rank == 0:
+        atexit.register(comm.Send, b"", 1, 7)  # called just before moecomm lets MPI end
+        first: Any = buffer.dispatch(x, topk_idx)
         buffer.dispatch_async(x, topk_idx)
-        del buffer
+        buffer.combine_async(first.x, first.handle)
+        del buffer, first
         gc.collect()
     else:
         out: Any = buffer.dispatch(x, topk_idx)
-        assert len(out.x) > 0
+        with mock.patch.object(MpiExchange, "launch", after_end_of_rank_0(comm)):
+            buffer.dispatch(x, topk_idx)
+        assert torch.equal(buffer.combine(out.x, out.handle), 2 * x)
         # and `buffer` is left open: it says goodbye when the process ends
+
+
+def after_end_of_rank_0(comm: Any) -> Any:
+    """A launch that comes when the program of rank 0 is over, and a little later still."""
+    launch = MpiExchange.launch
+
+    def late(exchange: MpiExchange) -> int:
+        comm.Recv(bytearray(0), 0, 7)
+        time.sleep(0.3)
+        return launch(exchange)
+
+    return late
 
 
 def many_in_flight(comm: Any) -> None:
