@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
+import mmap
 import os
-import re
 import socket
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ import torch.distributed as dist
 
 import moecomm
 from moecomm.testing import RankFailure, no_leaks, run_ranks
+from tests.faults._holdings import Holdings, belongings, more, resident_bytes
 from tests.faults._ranks import Nursery, World, results_of
 from tests.faults._scenes import TRANSPORTS, E, H, K, M, build, catch, right_step, tokens_of
 
@@ -67,84 +64,83 @@ def test_nothing_stays_behind_after_an_exception() -> None:
 # -- one process -----------------------------------------------------------------------------------------------------
 
 
-def belongings() -> Counter[str]:
-    """Descriptors, threads and mappings of shared memory of this process."""
-    gc.collect()
-    found: Counter[str] = Counter()
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the one that listed the folder
-            found["descriptor of " + re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{fd}"))] += 1
-    found.update(f"thread {thread.name}" for thread in threading.enumerate())
-    found["native threads"] = len(os.listdir("/proc/self/task"))
-    found.update(line[73:] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line)
-    return found
+WINDOWS, ROUNDS = 12, 40
 
 
-def more(before: Counter[str], after: Counter[str]) -> dict[str, int]:
-    """What there is more of than before. (Gloo closes a spare connection whenever it likes.)"""
-    return dict(after - before)
+def keep_going(world: World, transport: str, windows: int, leak: bool) -> dict[str, Any]:
+    """Windows of operations of every kind on one buffer, until in one of them nothing has grown on any rank.
 
-
-def resident_bytes() -> int:
-    """Memory of this process that is not shared."""
-    pages = Path("/proc/self/statm").read_text().split()
-    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
-
-
-def keep_going(world: World, transport: str) -> dict[str, Any]:
-    """Hundreds of operations of every kind on one buffer."""
+    The first operations take memory that later ones use again; gloo does so for its first thousands of collectives,
+    also without moecomm. What leaks grows in every window.
+    """
     before = belongings()
     buffer = build(transport, num_segments=4)
+    leaked: list[object] = []
 
-    def work(first: int, last: int, buffer: moecomm.Buffer = buffer) -> None:
-        for round in range(first, last):
+    def work(buffer: moecomm.Buffer = buffer) -> None:
+        for round in range(ROUNDS):
             out = right_step(buffer, world, round % 8)
             x, topk_idx, weights = tokens_of(world.rank, round % 8)
             rows: Any = buffer.dispatch(x.requires_grad_(), handle=out.handle).x
             buffer.combine(rows, out.handle).sum().backward()
             buffer.dispatch_async(x.detach(), topk_idx, weights)  # dropped
             assert catch(lambda: buffer.dispatch(x.half(), topk_idx)).error.rank == world.rank  # noqa: B023
+            if leak:
+                leaked.append(some_of_everything())
 
-    work(0, 300)  # gloo takes more memory for its first two thousand collectives, also without moecomm
-    open_before, shared_before = belongings(), shared_bytes()
-    objects_before, bytes_before = len(gc.get_objects()), resident_bytes()
-    work(300, 400)
-    open_after, shared_after = belongings(), shared_bytes()
-    objects_after, bytes_after = len(gc.get_objects()), resident_bytes()
-    operations = sum(buffer.stats()[name] for name in ("dispatches", "replays", "combines"))
+    def operations(buffer: moecomm.Buffer = buffer) -> int:
+        return int(sum(buffer.stats()[name] for name in ("dispatches", "replays", "combines")))
+
+    work()
+    first, start = Holdings.now(), operations()
+    for window in range(windows):
+        work()
+        last = Holdings.now()
+        per_window = (operations() - start) // (window + 1)
+        grown, first = last.grown(first, per_window), last
+        if not said_by_any(world, f"window {window}", bool(grown)):
+            break
     world.meet("done")
     buffer.close()
-    del buffer, work
-    return {
-        "operations": operations,
-        "open": more(open_before, open_after),
-        "grown": bytes_after - bytes_before,
-        "objects": objects_after - objects_before,
-        "shared": (shared_before, shared_after),
-        "closed": more(before, belongings()),
-    }
+    del buffer, work, operations
+    return {"operations": per_window, "grown": grown, "closed": more(before, belongings())}
 
 
-def shared_bytes() -> int:
-    """What is committed of the shared memory that is mapped here, by whomever."""
-    total, of_memfd = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            of_memfd = "memfd:moecomm" in line
-        elif of_memfd and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
+def some_of_everything() -> object:
+    """What seven operations might forget: little of everything, a bit more than is allowed."""
+    fd = os.memfd_create("moecomm leak")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    shared = mmap.mmap(fd, mmap.PAGESIZE)
+    private = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    shared[0] = private[0] = 1
+    return fd, shared, private, [object() for _ in range(7)], bytearray(7 * 80)
+
+
+def said_by_any(world: World, name: str, mine: bool) -> bool:
+    """Whether any rank says yes."""
+    world.store.set(f"{name}/{world.rank}", str(int(mine)))
+    return any(int(world.store.get(f"{name}/{rank}")) for rank in range(world.size))
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_hundreds_of_operations_take_nothing_more(nursery: Nursery, transport: str) -> None:
-    for told in results_of(nursery.run(keep_going, 2, transport, timeout_s=90.0)):
-        assert told["operations"] > 2000
-        assert told["open"] == {}
-        assert told["grown"] < MEBI / 2, f"{told['grown']} bytes more after 500 operations"
-        assert told["objects"] < 100, f"{told['objects']} objects more after 500 operations"
-        assert told["shared"][1] <= told["shared"][0], told["shared"]
+    for told in results_of(nursery.run(keep_going, 2, transport, WINDOWS, False, timeout_s=100.0)):
+        assert told["operations"] == 7 * ROUNDS
+        assert told["grown"] == []
         assert told["closed"] == {}, "what the buffer opened must be closed with it"
+
+
+def test_what_leaks_is_noticed(nursery: Nursery) -> None:
+    for told in results_of(nursery.run(keep_going, 2, "symmetric", 5, True)):
+        for kind in (
+            "descriptor of /memfd:moecomm leak",
+            "/memfd:moecomm leak",
+            "blocks",
+            "heap",
+            "resident",
+            "shared",
+        ):
+            assert [line for line in told["grown"] if line.startswith(kind)], (kind, told["grown"])
 
 
 def build_and_close(world: World, transport: str) -> dict[str, Any]:
