@@ -94,7 +94,7 @@ def _new(before: Resources, after: Resources) -> list[str]:
     files = sorted(after.shared_memory.keys() - before.shared_memory.keys())
     sockets = sorted(after.sockets.keys() - before.sockets.keys())
     if files or sockets:
-        foreign = _paths_held_by_others(set(after.processes))
+        foreign = paths_held_by_others(set(after.processes))
         left += [f"shared memory {path}" for path in files if path not in foreign]
         left += [f"socket {path}" for path in sockets if path not in foreign]
     return left
@@ -144,7 +144,7 @@ def _descriptors() -> dict[str, str]:
     return found
 
 
-def _paths_held_by_others(mine: set[str]) -> set[str]:
+def paths_held_by_others(mine: set[str]) -> set[str]:
     """Paths that living processes other than this one and its descendants have mapped, open or bound."""
     inode_paths = {}
     for line in _read("/proc/net/unix").decode(errors="replace").splitlines()[1:]:
@@ -155,12 +155,14 @@ def _paths_held_by_others(mine: set[str]) -> set[str]:
     for pid in os.listdir("/proc"):
         if not pid.isdecimal() or pid in mine or pid == str(os.getpid()):
             continue
-        for line in _read(f"/proc/{pid}/maps").decode(errors="replace").splitlines():
-            held.add(line.partition("/")[1] + line.partition("/")[2])
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
-                target = os.readlink(f"/proc/{pid}/fd/{fd}")
-                held.add(inode_paths.get(target, target))
+                with contextlib.suppress(FileNotFoundError):
+                    target = os.readlink(f"/proc/{pid}/fd/{fd}")
+                    held.add(inode_paths.get(target, target))
+        # After the descriptors: what is opened, mapped and closed meanwhile is seen at one place or the other.
+        for line in _read(f"/proc/{pid}/maps").decode(errors="replace").splitlines():
+            held.add(line.partition("/")[1] + line.partition("/")[2])
     return held
 
 

@@ -1,4 +1,4 @@
-"""Run Python programs under mpiexec, with a deadline, and leave no process behind."""
+"""Run Python programs under mpiexec, with a deadline, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moecomm.testing.leaks import paths_held_by_others
+
 _GRACE_S = 5.0
 _POLL_S = 0.05
+_SHARED_MEMORY = Path("/dev/shm")
 
 __all__ = ["mpi_missing", "mpiexec_path", "run_mpi"]
 
@@ -51,7 +54,8 @@ def run_mpi(
     """Run `python *arguments` on `num_ranks` ranks and return when mpiexec and all that it started have ended.
 
     Every process of the job inherits a mark in its environment, by which it is found also when it is no descendant any
-    more. At the deadline, and when the launcher has ended without its ranks, they are killed.
+    more. At the deadline, and when the launcher has ended without its ranks, they are killed. MPICH unlinks its shared
+    memory in `MPI_Finalize`; what ranks that never came there have left in /dev/shm is removed.
 
     Args:
         arguments: of the interpreter that runs this.
@@ -61,13 +65,16 @@ def run_mpi(
         env: environment variables on top of this process's; each rank gets one thread unless they say otherwise.
 
     Returns:
-        exit status of mpiexec, and what all ranks printed, in `stdout`.
+        exit status of mpiexec, and what all ranks printed, in `stdout`: in any order, and whole lines only where a rank
+        writes each of them at once.
 
     Raises:
         AssertionError: the deadline passed, or ranks outlived their launcher; the message has what they printed.
 
-    >>> run_mpi(["-c", "from mpi4py import MPI; print(MPI.COMM_WORLD.size)"], 2).stdout  # doctest: +SKIP
-    '2\\n2\\n'
+    >>> program = "from mpi4py import MPI; world = MPI.COMM_WORLD; print(end=f'rank {world.rank} of {world.size}\\\\n')"
+    >>> done = run_mpi(["-c", program], 2)
+    >>> done.returncode, sorted(done.stdout.splitlines())
+    (0, ['rank 0 of 2', 'rank 1 of 2'])
     """
     mpiexec = mpiexec_path()
     assert mpiexec is not None, mpi_missing()
@@ -75,6 +82,7 @@ def run_mpi(
     command = [mpiexec, *options, "-n", str(num_ranks), sys.executable, *arguments]
     variables = {"OMP_NUM_THREADS": "1", **os.environ, **(env or {}), mark: "1"}
     deadline = time.monotonic() + timeout_s
+    segments = _segments()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
         trouble = ""
@@ -93,6 +101,7 @@ def run_mpi(
         finally:
             _kill(mark)
             process.wait()
+            _unlink_unheld(_segments() - segments)
         log.seek(0)
         output = log.read().decode(errors="replace")
     if trouble:
@@ -116,3 +125,21 @@ def _kill(mark: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_S)
+
+
+def _segments() -> set[Path]:
+    """What MPICH has in /dev/shm for this user."""
+    found = set()
+    for path in _SHARED_MEMORY.glob("mpich_shm_*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_uid == os.getuid():
+                found.add(path)
+    return found
+
+
+def _unlink_unheld(paths: set[Path]) -> None:
+    """Remove what nobody has open or mapped: other jobs may have started in the meantime."""
+    held = paths_held_by_others(set()) if paths else set()
+    for path in paths:
+        if str(path) not in held:
+            path.unlink(missing_ok=True)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moecomm.testing import no_leaks
 from moecomm.testing.mpi import mpi_missing, run_mpi
 
 pytestmark = [pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing()), pytest.mark.timeout(180)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind() -> Iterator[None]:
+    """No process, and nothing in /dev/shm, however the ranks end."""
+    with no_leaks():
+        yield
 
 
 def outcomes(scenario: str, size: int, folder: Path, *options: str, dead: int | None = None) -> dict[int, Any]:

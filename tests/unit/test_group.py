@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +16,7 @@ import torch.distributed as dist
 from moecomm.errors import ConfigError, DesyncError, MoECommError, PeerLostError, StallError, UnsupportedError
 from moecomm.group import Group
 from moecomm.testing.launcher import RankPool, run_ranks
-
-ROOT = Path(__file__).resolve().parents[2]
+from moecomm.testing.mpi import mpi_missing, run_mpi
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=["W1", "W2", "W3"])
@@ -350,25 +345,16 @@ if size > 1:
 group.barrier()
 import torch.distributed as dist
 assert not dist.is_initialized()
-print(f"rank {rank} of {size} is content", flush=True)
+print(end=f"rank {rank} of {size} is content\\n", flush=True)
 """
 
 
+@pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
 @pytest.mark.parametrize("size", [1, 3])  # with 3, communicators of 1 and 2 ranks come along
 def test_mpi_group(size: int) -> None:
-    pytest.importorskip("mpi4py", reason="no mpi4py: install moecomm[mpi]")
-    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if mpiexec is None:
-        pytest.skip("no mpiexec beside the interpreter or on PATH")
-    result = subprocess.run(
-        [mpiexec, "-n", str(size), sys.executable, "-c", textwrap.dedent(MPI_RANKS)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert sorted(result.stdout.split("\n")[:-1]) == [f"rank {rank} of {size} is content" for rank in range(size)]
+    done = run_mpi(["-c", MPI_RANKS], size)
+    assert done.returncode == 0, done.stdout
+    assert sorted(done.stdout.splitlines()) == [f"rank {rank} of {size} is content" for rank in range(size)]
 
 
 def test_error_classes_are_the_ones_promised() -> None:

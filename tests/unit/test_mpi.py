@@ -18,6 +18,7 @@ from torch import Tensor
 
 import moecomm
 from moecomm.group import Group
+from moecomm.testing import no_leaks
 from moecomm.testing.mpi import mpi_missing, run_mpi
 from moecomm.topology import Topology
 from moecomm.transport._mpi_exchange import MpiExchange
@@ -57,6 +58,24 @@ def test_more_than_2_gib_to_one_rank() -> None:
     if free_bytes() < needed:
         pytest.skip(f"needs {needed / 2**30:.1f} GiB of free memory, there are {free_bytes() / 2**30:.1f}")
     run("big", 2)
+
+
+KILLED = """
+import os
+from mpi4py import MPI
+segments = [line for line in open("/proc/self/maps") if "/dev/shm/mpich_shm_" in line]
+print(end=f"{MPI.get_vendor()[0]} has {len(segments)}\\n", flush=True)
+MPI.COMM_WORLD.Barrier()
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
+def test_ranks_that_are_killed_leave_no_shared_memory() -> None:
+    with no_leaks():
+        done = run_mpi(["-c", KILLED], 2)
+    assert done.returncode != 0
+    assert done.stdout.count("MPICH has 1") == 2 or "MPICH" not in done.stdout, done.stdout
 
 
 def test_groups_without_mpi_are_told_why() -> None:
@@ -141,12 +160,17 @@ def ends(comm: Any) -> None:
     """Closing waits for nobody and frees the communicator, the thread and the descriptors."""
     import threading
 
-    def now() -> tuple[int, int]:
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+    def settled() -> tuple[list[str], int]:
+        """Threads and number of descriptors once the thread of moecomm has ended."""
+        deadline = time.monotonic() + 30
+        while "moecomm mpi progress" in (names := sorted(thread.name for thread in threading.enumerate())):
+            assert time.monotonic() < deadline, names
+            time.sleep(0.01)
+        return names, len(os.listdir("/proc/self/fd"))
 
     with make(comm) as buffer:
         check_step(buffer)
-    before = now()
+    before = settled()
     for seed in range(3):
         buffer = make(comm)
         check_step(buffer, seed=seed)
@@ -158,10 +182,7 @@ def ends(comm: Any) -> None:
         comm.Barrier()  # only now the others close
         buffer.close()
         buffer.close()
-    deadline = time.monotonic() + 10
-    while now() != before:
-        assert time.monotonic() < deadline, f"{before} became {now()}"
-        time.sleep(0.01)
+    assert settled() == before
 
 
 def dropped(comm: Any) -> None:
