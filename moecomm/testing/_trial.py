@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from moecomm.testing.asserts import assert_bitwise, assert_error_bounded
 from moecomm.testing.cases import Case
 from moecomm.testing.provenance import provenance_rows
 
-_DELAY_S = 0.002
+_DELAY_S = 0.0005  # longer than a signal takes, shorter than an operation
 _REPLAY_ROUND = 50  # payloads of replays come from rounds far from those of dispatches
 _POISON_BYTE = 255  # NaN in every floating dtype
 
@@ -88,6 +88,32 @@ def _sheet(case: Case, world_size: int, layout: str, round: int, payload_round: 
     return Sheet(xs, scales, topk_idxs, topk_weights, expected)
 
 
+def _returning_to(rank: int, rows: list[Tensor], sheet: Sheet) -> tuple[list[Tensor], list[ReferenceDispatched]]:
+    """The rows of this rank's tokens: nothing else has a part in what comes back to it, so the oracle can skip it."""
+    kept, tables = [], []
+    for rows_of_rank, table in zip(rows, sheet.expected, strict=True):
+        mine = table.source_rank == rank
+        kept.append(rows_of_rank[mine])
+        tables.append(
+            replace(
+                table,
+                x=table.x[mine],
+                row_weights=None if table.row_weights is None else table.row_weights[mine],
+                source_rank=table.source_rank[mine],
+                source_token=table.source_token[mine],
+                source_k=table.source_k[mine],
+                tokens_of_rank=tuple(t if r == rank else 0 for r, t in enumerate(table.tokens_of_rank)),
+            )
+        )
+    return kept, tables
+
+
+@functools.lru_cache(maxsize=512)  # the same for each layout, each way to reduce, and each transport
+def _values(case: Case, purpose: str, rank: int, round: int, num_rows: int, octaves: int = 6) -> Tensor:
+    """Shared: to be cloned before anything under test may write to it."""
+    return case.values(purpose, rank, round, num_rows, octaves=octaves)
+
+
 @dataclass(frozen=True, slots=True)
 class Sent:
     """A dispatch that has been checked, to be combined now or later."""
@@ -149,16 +175,15 @@ class Trial:
 
     def combine(self, sent: Sent, variant: int) -> None:
         """Combine made-up expert rows; `variant` chooses weights, bias, and the synchronous or asynchronous call."""
-        expected, tokens = sent.sheet.expected, [len(x) for x in sent.sheet.xs]
+        expected, tokens = sent.sheet.expected, len(sent.sheet.xs[self.rank])
         if not self.sums:
             raw = self._on(torch.zeros(len(expected[self.rank].x), self.case.hidden, dtype=self.case.dtype))
             self.checks.refused(lambda: self.buffer.combine(raw, sent.out.handle), UnsupportedError, "sum of bytes")
             return
         what = f"round {sent.round}: combine, variant {variant}"
         weighted = (None, True, False)[variant % 3]
-        rows = [self.case.values("rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(expected)]
-        given = [self.case.values("bias", r, sent.round + variant, t) for r, t in enumerate(tokens)]
-        biases = given if variant % 2 else None
+        rows = [_values(self.case, "rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(expected)]
+        bias = _values(self.case, "bias", self.rank, sent.round + variant, tokens) if variant % 2 else None
         mine = _poisoned(rows[self.rank], expected[self.rank].source_rank == -1)
         before = mine.clone()
         if self.layout == "rank" and weighted:
@@ -166,14 +191,16 @@ class Trial:
             self.checks.refused(lambda: call(mine, sent.out.handle, weighted=True), UnsupportedError, what)
             weighted = None
         handle = sent.out.handle if variant % 4 else pytree.tree_map(lambda t: t.clone(), sent.out.handle)
-        bias = None if biases is None else self._on(biases[self.rank])
+        start = None if bias is None else self._on(bias.clone())
         self._be_late(variant)
         if variant % 2:
-            y = self.buffer.combine_async(self._on(mine), handle, weighted=weighted, bias=bias).wait()
+            y = self.buffer.combine_async(self._on(mine), handle, weighted=weighted, bias=start).wait()
         else:
-            y = self.buffer.combine(self._on(mine), handle, weighted=weighted, bias=bias)
+            y = self.buffer.combine(self._on(mine), handle, weighted=weighted, bias=start)
         self.checks.bitwise(mine, before, f"{what}: the rows given to combine")
-        should = self._combined(rows, sent.sheet, weighted, biases)
+        if bias is not None and start is not None:
+            self.checks.bitwise(start, bias, f"{what}: the bias given to combine")
+        should = self._combined(rows, sent.sheet, weighted, bias)
         self.checks.bitwise(y, should, what, origin=lambda row: f"token {row}")
         self.kept.append((what, y, should))
 
@@ -183,17 +210,17 @@ class Trial:
             return
         sheet, round, what = sent.sheet, sent.round, f"round {sent.round}: gradient"
         num_tokens = len(sheet.xs[self.rank])
-        x = self.case.values("x", self.rank, round, num_tokens, octaves=0)
+        x = _values(self.case, "x", self.rank, round, num_tokens, 0)
         idx, weights = self._routing(sheet)
-        dys = [self.case.values("dy", r, round, len(sheet.xs[r]), octaves=0) for r in range(self.world_size)]
-        bias = self.case.values("bias", self.rank, round, num_tokens, octaves=0)
+        dys = [_values(self.case, "dy", r, round, len(sheet.xs[r]), 0) for r in range(self.world_size)]
+        bias = _values(self.case, "bias", self.rank, round, num_tokens, 0)
         leaf_x, leaf_bias, leaf_weights = _leaf(self._on(x)), _leaf(self._on(bias)), _leaf(self._on(weights))
 
         out = self.buffer.dispatch(leaf_x, self._on(idx), leaf_weights, layout=self.layout, align=self.align)
         rows = self._experts(out)
         y = self.buffer.combine(rows, out.handle, bias=leaf_bias)
         wanted = [t for t in (leaf_x, leaf_bias, rows, leaf_weights) if t is not None]
-        d_x, d_bias, d_rows, *d_weights = torch.autograd.grad(y, wanted, self._on(dys[self.rank]))
+        d_x, d_bias, d_rows, *d_weights = torch.autograd.grad(y, wanted, self._on(dys[self.rank].clone()))
 
         self.checks.bitwise(d_bias, dys[self.rank], f"{what} of bias")
         self.checks.bitwise(d_rows, self._gradient_of_rows(dys, sheet), f"{what} of the expert rows")
@@ -206,7 +233,7 @@ class Trial:
 
     def _backward_of_dispatch(self, round: int, sheet: Sheet) -> None:
         """The backward of dispatch alone is an unweighted combine, bit for bit."""
-        grads = [self.case.values("grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
+        grads = [_values(self.case, "grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
         mine = _poisoned(grads[self.rank], sheet.expected[self.rank].source_rank == -1)
         leaf = _leaf(self._on(sheet.xs[self.rank]))
         idx, _ = self._routing(sheet)
@@ -282,16 +309,16 @@ class Trial:
         for what, actual, expected in self.kept:
             self.checks.bitwise(actual, expected, f"{what}, looked at again after the last round")
 
-    def _combined(self, rows: list[Tensor], sheet: Sheet, weighted: bool | None, biases: list[Tensor] | None) -> Tensor:
-        everybody = reference.combine(
-            rows,
-            sheet.expected,
+    def _combined(self, rows: list[Tensor], sheet: Sheet, weighted: bool | None, bias: Tensor | None) -> Tensor:
+        returning, tables = _returning_to(self.rank, rows, sheet)
+        return reference.combine(
+            returning,
+            tables,
             reduce=self.reduce,
             weighted=weighted,
-            biases=biases,
+            biases=None if bias is None else [bias] * self.world_size,
             node_of_rank=self.node_of_rank,
-        )
-        return everybody[self.rank]
+        )[self.rank]
 
     def _routing(self, sheet: Sheet) -> tuple[Tensor, Tensor | None]:
         """Copies, so that whatever is done to them does not reach the oracle's."""
@@ -324,7 +351,7 @@ def _gradients_in_one_process(
     With `magnitudes` nothing cancels: every input is positive, and so are the experts' derivatives.
     """
     num_tokens = case.num_tokens(rank, round)
-    x, bias, dy = (case.values(name, rank, round, num_tokens, octaves=0).to(dtype) for name in ("x", "bias", "dy"))
+    x, bias, dy = (_values(case, name, rank, round, num_tokens, 0).to(dtype) for name in ("x", "bias", "dy"))
     idx, weights = case.routing(rank, round, world_size)
     if magnitudes:
         x, bias, dy, weights = x.abs(), bias.abs(), dy.abs(), None if weights is None else weights.abs()

@@ -151,6 +151,7 @@ def own_traffic(comm: Any) -> None:
         for seed in range(5):
             check_step(buffer, seed=seed)
         assert not request.Test()
+        comm.Barrier()  # now all have looked
         comm.Send(np.array([comm.rank + 1.0]), (comm.rank + 1) % comm.size, 7)
         request.Wait()
         assert box[0] == (comm.rank - 1) % comm.size + 1
@@ -187,7 +188,7 @@ def ends(comm: Any) -> None:
 
 def dropped(comm: Any) -> None:
     """What is never waited for still reaches the others, also when its buffer is gone; then MPI ends as usual."""
-    buffer = make(comm, hidden=4096, timeout_s=20.0)
+    buffer = make(comm, hidden=4096)
     x, topk_idx = inputs(buffer, 2000)
     if comm.rank == 0:
         atexit.register(comm.Send, b"", 1, 7)  # called just before moecomm lets MPI end
