@@ -5,8 +5,8 @@
 
 What is timed: the whole call as a user makes it, checks, planning and the exchange of counts included, from a barrier
 to the return on the slowest rank. Expert outputs exist already when combine is called. Every round runs each path once,
-or a burst of pairs without a pause where there are few tokens; results are checked before. Bytes are counted by
-`bench.traffic`, from the routing alone.
+and where there are few tokens in bursts without a pause: of dispatches, of combines, and of both in turn. Results are
+checked before. Bytes are counted by `bench.traffic`, from the routing alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moecomm
-from bench.baseline import baseline_combine, baseline_dispatch
+from bench.baseline import Routing, baseline_combine, baseline_dispatch
 from bench.case import Case, Ranks, add_shape_arguments, check_combine, check_dispatch, make_case
 from bench.record import Measurement, environment, percentiles, write
 from bench.roof import Roof
@@ -64,9 +64,6 @@ def run_case(args: argparse.Namespace, ranks: Ranks, tokens: int) -> list[Measur
                 phases.clear()
             one_round(args, ranks, case, buffer, outputs, roof, mine, times, phases)
         transport = buffer.transport
-    for path in dict.fromkeys(name.rsplit(" ", 1)[0] for name in times):
-        pairs = zip(times[f"{path} dispatch"], times[f"{path} combine"], strict=True)
-        times[f"{path} both"] = [sum(pair) for pair in pairs]
     slowest = ranks.slowest(times)
     plan_percent = 1e8 * phases["plan"] / phases["dispatches"] / float(np.mean(times["moecomm dispatch"]))
     rows = summarize(args, transport, tokens, ranks.world, slowest, bytes_of, plan_percent)
@@ -115,26 +112,34 @@ def one_round(
 
     def ours() -> None:
         before = buffer.stats()
+        kept: list[moecomm.Dispatched] = []
         dispatch = partial(buffer.dispatch, case.x, case.topk_idx, case.topk_weights_TK, layout=args.layout)
-        pairs = ranks.time_pairs_us(dispatch, lambda sent: buffer.combine(outputs, sent.handle), burst)
+        keep = partial(kept.__setitem__, slice(1))  # one result at a time: its rows go when the next ones come
+        measure("moecomm", lambda: keep([dispatch()]), lambda: buffer.combine(outputs, kept[0].handle))
         after = buffer.stats()
-        times["moecomm dispatch"] += [pair[0] for pair in pairs]
-        times["moecomm combine"] += [pair[1] for pair in pairs]
         phases["dispatches"] += after["dispatches"] - before["dispatches"]
         for name in PHASES:
             phases[name] += after[f"{name}_s"] - before[f"{name}_s"]
 
     def theirs() -> None:
+        kept: list[tuple[Tensor, Routing]] = []
         dispatch = partial(baseline_dispatch, case.x, case.topk_idx, args.experts)
-        weights = case.topk_weights_TK
-        pairs = ranks.time_pairs_us(dispatch, lambda sent: baseline_combine(outputs, weights, sent[1]), burst)
-        times["baseline dispatch"] += [pair[0] for pair in pairs]
-        times["baseline combine"] += [pair[1] for pair in pairs]
+        combine = partial(baseline_combine, outputs, case.topk_weights_TK)
+        keep = partial(kept.__setitem__, slice(1))
+        measure("baseline", lambda: keep([dispatch()]), lambda: combine(kept[0][1]))
+
+    def measure(path: str, dispatch: Callable[[], object], combine: Callable[[], object]) -> None:
+        """Each by itself, and where they come in bursts also one after the other."""
+        alone = [ranks.time_burst_us([call], burst)[0] for call in (dispatch, combine)]
+        pairs = alone if burst == 1 else ranks.time_burst_us([dispatch, combine], burst)
+        times[f"{path} dispatch"] += alone[0]
+        times[f"{path} combine"] += alone[1]
+        times[f"{path} both"] += [sum(pair) for pair in zip(*pairs, strict=True)]
 
     def roofs() -> None:
-        for operation, num_bytes in moved.items():
-            for name, copy in (("memcpy", roof.memcpy), ("streamed copy", roof.streamed_copy)):
-                times[f"{name} {operation}"] += [ranks.time_us(partial(copy, num_bytes)) for _ in range(burst)]
+        for name, copy in (("memcpy", roof.memcpy), ("streamed copy", roof.streamed_copy)):
+            calls = {operation: partial(copy, num_bytes) for operation, num_bytes in moved.items()}
+            measure(name, calls["dispatch"], calls["combine"])
 
     rounds = {"moecomm": ours, "baseline": theirs, "roof": roofs}
     wanted = [name for name in rounds if name in args.paths]
@@ -152,7 +157,7 @@ def summarize(
     bytes_of: dict[str, list[Traffic]],
     plan_percent: float,
 ) -> list[Measurement]:
-    """Turn the times of all rounds into rows; "both" is dispatch plus combine of the same round."""
+    """Turn the times of all rounds into rows; "both" are dispatch and combine in turn."""
     facts = environment()
     dtype = str(args.dtype).removeprefix("torch.")
     case = f"W={world} T={tokens} H={args.hidden} K={args.top_k} E={args.experts} {dtype} {args.layout} {args.reduce}"
@@ -227,7 +232,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape_arguments(parser)
     parser.add_argument("--paths", type=lambda text: text.split(","), default=["moecomm", "baseline", "roof"])
-    parser.add_argument("--burst", type=int, default=0, help="pairs in a row; 0: 16 up to 256 tokens, else 1")
+    parser.add_argument("--burst", type=int, default=0, help="calls in a row; 0: 16 up to 256 tokens, else 1")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=5, help="rounds before them")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.json (cases that are there are replaced)")

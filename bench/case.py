@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moecomm import ExpertPlacement
-
-T = TypeVar("T")
 
 _LEAD_S = 0.002  # until the ranks begin: time enough for the slowest to hear of it
 
@@ -99,29 +96,22 @@ class Ranks:
         self.synchronize()
         return (time.perf_counter() - start) * 1e6
 
-    def time_pairs_us(
-        self, first: Callable[[], T], second: Callable[[T], object], burst: int
-    ) -> list[tuple[float, float]]:
-        """Microseconds of `first` and of `second`, which is given what `first` returned.
+    def time_burst_us(self, calls: Sequence[Callable[[], object]], burst: int) -> list[list[float]]:
+        """Microseconds of each of some calls that follow each other: once, begun together, if burst is 1.
 
-        burst 1: once, all ranks begin each of the two together. More: so many pairs without a pause, as a model calls
-        them layer by layer, after one more that is not counted.
+        Else so many times without a pause, as a model calls them layer by layer, after one time that is not counted.
         """
         if burst == 1:
-            made: list[T] = []
-            before = self.time_us(lambda: made.append(first()))
-            return [(before, self.time_us(lambda: second(made.pop())))]
-        pairs = []
+            return [[self.time_us(call)] for call in calls]
+        times: list[list[float]] = [[] for _ in calls]
         self._begin()
         for _ in range(burst + 1):
-            start = time.perf_counter()
-            result = first()
-            self.synchronize()
-            middle = time.perf_counter()
-            second(result)
-            self.synchronize()
-            pairs.append((1e6 * (middle - start), 1e6 * (time.perf_counter() - middle)))
-        return pairs[1:]
+            for number, call in enumerate(calls):
+                start = time.perf_counter()
+                call()
+                self.synchronize()
+                times[number].append(1e6 * (time.perf_counter() - start))
+        return [of_call[1:] for of_call in times]
 
     def _begin(self) -> None:
         """Agree on a moment and wait for it: out of a barrier the ranks would come one by one.

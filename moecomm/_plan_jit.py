@@ -15,7 +15,7 @@ def plan_kernel(index_bits: int) -> Kernel:
 
     Arguments: T, K, E, W, topk_idx (index_bits), flat_of_expert, rank_of_flat (int64), then written: counts (E + W)
     int32, flat, rank, order int64, pos int32 (T * K each), pair_tokens, pair_ranks int64 (T * min(K, W)), pair_pos
-    (T * W) int32, scratch (E + W) int64.
+    (T * W) int32, scratch (E + W + 2) int64: its last two become S and Q, the entries and pairs sent.
     """
     fn, b, args = function("plan", 16)
     tokens, top_k, experts, ranks, idx, flat_of, rank_of, counts, flat, rank, order, pos = args[:12]
@@ -41,10 +41,12 @@ def plan_kernel(index_bits: int) -> Kernel:
                     _put(b, pair_pos, place, i64(0), 32)
                     _next(b, counts, b.add(experts, to), 32)
 
-    for low, high in ((i64(0), experts), (experts, b.add(experts, ranks))):
+    both = b.add(experts, ranks)
+    for number, (low, high) in enumerate(((i64(0), experts), (experts, both))):
         with loop(b, low, high, 1, i64(0)) as at:
             _put(b, cursor, at.i, at.carried[0], 64)
             at.next = [b.add(at.carried[0], index_at(b, counts, at.i, 32))]
+        _put(b, cursor, b.add(both, i64(number)), at.carried[0], 64)
 
     with loop(b, i64(0), entries, 1) as at:
         of = index_at(b, flat, at.i, 64)
@@ -71,10 +73,12 @@ def settle_kernel() -> Kernel:
     """Compile the counts and slots of `plan.settle`.
 
     Arguments: gathered (W, E + W) int32, W, E, rank, align, rank_starts (W + 1) int64, then written: totals (W + 1, W)
-    int64 (entries, then rows_of_rank), groups (2, L) int32 (expert_offsets, then tokens_per_expert), slots (S) int32.
+    int64 (entries, then rows_of_rank) and behind them groups (2, L) int32 (expert_offsets, then tokens_per_expert),
+    slots (S) int32.
     """
-    fn, b, args = function("settle", 9)
-    gathered, ranks, experts, rank, align, starts, entries, groups, slots = args
+    fn, b, args = function("settle", 8)
+    gathered, ranks, experts, rank, align, starts, entries, slots = args
+    groups = row_at(b, entries, b.mul(b.add(ranks, i64(1)), ranks), i64(8))
     width = b.add(experts, ranks)
     first, last = (index_at(b, starts, b.add(rank, i64(n)), 64) for n in (0, 1))
     num_local = b.sub(last, first)

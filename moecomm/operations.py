@@ -104,7 +104,7 @@ class Core:
             raise
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Route:
     """Where rows go, planned: enough to send out and to lead home. slots_S is None in layout "rank"."""
 
@@ -141,7 +141,7 @@ def route_of(core: Core, handle: DispatchHandle) -> Route:
 # -- moving ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Parcel:
     """One payload to move: rows as they are, `rows[index]`, or sums of rows by a table; sorted by destination."""
 
@@ -214,6 +214,7 @@ def out_lane(route: Route, row_bytes: int, *, repeats: bool = False) -> Lane:
         return contiguous_lane(counts.pair_counts, counts.rank, row_bytes, repeats=repeats)
     return Lane(
         repeats=repeats,
+        num_sent=len(route.slots_S),
         row_bytes=row_bytes,
         out_rows=counts.rows_of_rank,
         send_counts=counts.entries[counts.rank],
@@ -252,7 +253,7 @@ def count_traffic(core: Core, lanes: Sequence[Lane]) -> None:
 # -- dispatch ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Arrived:
     """What a dispatch brought.
 
@@ -267,7 +268,7 @@ class Arrived:
     keys: Tensor | None
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Planned:
     """What a planned dispatch knows beside what arrived."""
 
@@ -378,7 +379,7 @@ def like_payload(rows: Tensor, payload: Tensor) -> Tensor:
 # -- combine -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, slots=True)
 class Homecoming:
     """What a combine leads home.
 

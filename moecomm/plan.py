@@ -28,6 +28,7 @@ class PlacementTables:
     rank_of_flat: Tensor = field(init=False)  # (E + 1,) int64, sentinel W
     local_of_flat: Tensor = field(init=False)  # (E + 1,) int32, sentinel -1
     rank_starts: np.ndarray = field(init=False)  # (W + 1,) int64: first flat id of every rank
+    rank_starts_at: int = field(init=False)  # their address
 
     def __post_init__(self) -> None:
         held = self.placement.experts_of_rank
@@ -39,10 +40,12 @@ class PlacementTables:
         object.__setattr__(self, "flat_of_expert", torch.from_numpy(flat_of).to(self.device))
         object.__setattr__(self, "rank_of_flat", torch.tensor(rank_of, dtype=torch.int64, device=self.device))
         object.__setattr__(self, "local_of_flat", torch.tensor(local_of, dtype=torch.int32, device=self.device))
-        object.__setattr__(self, "rank_starts", np.cumsum([0] + [len(experts) for experts in held]))
+        starts = np.cumsum([0] + [len(experts) for experts in held], dtype=np.int64)
+        object.__setattr__(self, "rank_starts", starts)
+        object.__setattr__(self, "rank_starts_at", int(starts.ctypes.data))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SendPlan:
     """What this rank sends, from its own routing alone.
 
@@ -88,7 +91,7 @@ def plan_send(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
     )
     counts, scratch = (
         np.empty(num_experts + num_ranks, np.int32),
-        torch.empty(num_experts + num_ranks, dtype=torch.int64),
+        torch.empty(num_experts + num_ranks + 2, dtype=torch.int64),
     )
     flat_TK, rank_TK = (torch.empty(num_tokens, top_k, dtype=torch.int64) for _ in range(2))
     pos_TK, pair_pos_TW = (torch.empty(num_tokens, n, dtype=torch.int32) for n in (top_k, num_ranks))
@@ -105,7 +108,7 @@ def plan_send(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
         *(t.data_ptr() for t in made),
     )
     assert bad < 0, f"entry {bad} of the routing names no expert"
-    num_sent, num_pairs = int(counts[:num_experts].sum()), int(counts[num_experts:].sum())
+    num_sent, num_pairs = scratch[-2:].tolist()
     return SendPlan(
         counts=counts,
         flat_TK=flat_TK,
@@ -163,7 +166,7 @@ def plan_send_ref(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Counts:
     """The counts of all ranks and what follows from them; the same on every rank but for `rank`.
 
@@ -296,13 +299,12 @@ def settle(
         return counts, slots_S, pair_table(plan, values_TK, -1)
     gathered = np.ascontiguousarray(gathered, np.int32)
     num_ranks, num_pairs, top_k = len(gathered), len(plan.pair_tokens_Q), plan.pos_TK.shape[1]
-    totals = np.empty((num_ranks + 1, num_ranks), np.int64)  # entries, and rows of every rank
-    groups = np.empty(
-        (2, counts.mine.stop - counts.mine.start), np.int32
-    )  # ends of my groups, and rows without padding
+    block = np.empty((num_ranks + 1) * num_ranks + counts.mine.stop - counts.mine.start, np.int64)
+    totals = block[: (num_ranks + 1) * num_ranks].reshape(-1, num_ranks)  # entries, then rows of every rank
+    groups = block[totals.size :].view(np.int32).reshape(2, -1)  # ends of my groups, then their rows without padding
     slots_S, table_QK = (torch.empty(n, dtype=torch.int32) for n in (len(plan.order_S), num_pairs * top_k))
-    given = gathered.ctypes.data, num_ranks, tables.placement.num_experts, rank, align, tables.rank_starts.ctypes.data
-    jit.settle_kernel()(*given, totals.ctypes.data, groups.ctypes.data, slots_S.data_ptr())
+    given = gathered.ctypes.data, num_ranks, tables.placement.num_experts, rank, align, tables.rank_starts_at
+    jit.settle_kernel()(*given, block.ctypes.data, slots_S.data_ptr())
     by_entry, values = (plan.pos_TK, slots_S) if by_slot else (plan.flat_TK, tables.local_of_flat)
     tensors = plan.pair_tokens_Q, plan.pair_ranks_Q, plan.rank_TK, by_entry, values, table_QK
     jit.table_kernel(8 * by_entry.element_size())(num_pairs, top_k, *(t.data_ptr() for t in tensors))

@@ -12,7 +12,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ class Merge:
     recv_rows: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)  # frozen would cost 2 us each
 class Lane:
     """One payload of an exchange. Only transports that write into peers' memory look at other ranks' `out_rows`.
 
@@ -65,6 +64,7 @@ class Lane:
         of its sends); None: they arrive in output order.
     repeats: a source row may be wanted in several slots, so it pays to send it to each node once. All such lanes of
         an exchange are `put` with the same indices.
+    num_sent: sum of send_counts, computed where it is not given.
     merge: sum rows on their way; the output is then sorted by (node, key). Only for a transport with `node_of_rank`.
     """
 
@@ -77,11 +77,11 @@ class Lane:
     recv_slots: Callable[[], np.ndarray] | None = None
     repeats: bool = False
     merge: Merge | None = None
+    num_sent: int = -1
 
-    @cached_property
-    def num_sent(self) -> int:
-        """Rows that this rank sends, those to itself included."""
-        return int(self.send_counts.sum())
+    def __post_init__(self) -> None:
+        if self.num_sent < 0:
+            self.num_sent = int(self.send_counts.sum())
 
 
 class Exchange(ABC):
