@@ -218,24 +218,32 @@ def test_every_ep_gives_the_same_curve(tmp_path: Path) -> None:
     assert len(list((tmp_path / "together").iterdir())) == 4
 
 
-def test_ranks_without_sequences_or_experts_take_part(tmp_path: Path) -> None:
+def test_ranks_without_sequences_or_experts_take_part(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     few = [*TINY_MODEL, "--steps", "3", "--batch", "2", "--experts", "2", "--out", "."]
-    succeed("train_moe_lm.py", *few, folder=tmp_path)
+    assert status(example("train_moe_lm").main, few) == 0
     succeed("train_moe_lm.py", *few, "--compare", "train_moe_lm_ep1.csv", ranks=3, folder=tmp_path)
 
 
-def test_another_curve_is_noticed(tmp_path: Path) -> None:
+def test_another_curve_is_noticed(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = example("train_moe_lm").main
     short = [*TINY_MODEL, "--steps", "2", "--sample-bytes", "0", "--out", "."]
-    succeed("train_moe_lm.py", *short, folder=tmp_path)
+    assert status(main, short) == 0
     curve = tmp_path / "train_moe_lm_ep1.csv"
     header, first, second = curve.read_text().splitlines()
     fields = second.split(",")
     fields[1] = str(float(fields[1]) * (1 + 3 * CURVE_BOUND))
     other = tmp_path / "other.csv"
     other.write_text("\n".join([header, first, ",".join(fields)]) + "\n")
-    result = start("train_moe_lm.py", *short, "--compare", str(other), folder=tmp_path)
-    assert result.returncode == 1
-    assert "at step 1; bound" in result.stdout and "DIFFER by more than the bound" in result.stderr
+    capsys.readouterr()
+    assert status(main, [*short, "--compare", str(other)]) == 1
+    captured = capsys.readouterr()
+    assert "at step 1; bound" in captured.out and "DIFFER by more than the bound" in captured.err
 
 
 @pytest.mark.parametrize(

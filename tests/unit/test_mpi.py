@@ -1,13 +1,13 @@
-"""Transport `mpi` where all ranks do as they should. This file is also the program: each test is a job of mpiexec."""
+"""Transport `mpi` where all ranks do as they should. This file is also the program that the jobs of mpiexec run."""
 
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import os
 import sys
 import time
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,38 +26,45 @@ from moecomm.transport.mpi import MpiTransport
 
 BIG_ROW_BYTES, NUM_BIG_ROWS = 1 << 20, 2200  # 2.15 GiB to one rank: more than 2**31 bytes, and than 2**31 - 1
 
-needs_mpi = [pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing()), pytest.mark.timeout(180)]
+needs_mpi = pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
+pytestmark = pytest.mark.timeout(180)
 
 
-def run(program: str, size: int) -> str:
-    done = run_mpi(["-m", "mpi4py", "-m", "tests.unit.test_mpi", program], size, timeout_s=150)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count(f"{program}: done") == size, done.stdout
-    return done.stdout
+# Programs that can follow each other in one job, by its number of ranks.
+TOGETHER = {2: ("alone_with_mpi", "overlap", "own_traffic", "ends"), 3: ("many_in_flight", "staged")}
+
+
+@functools.cache
+def output(size: int, *programs: str) -> str:
+    """What a job prints that runs these programs, one after the other until one fails."""
+    return run_mpi(["-m", "mpi4py", "-m", "tests.unit.test_mpi", *programs], size, timeout_s=170).stdout
+
+
+def demand(size: int, program: str, printed: str) -> None:
+    assert printed.count(f"{program}: done") == size, printed
 
 
 def free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        pytest.param(name, marks=needs_mpi)
-        for name in ("alone_with_mpi", "overlap", "own_traffic", "ends", "many_in_flight", "staged", "dropped")
-    ],
-)
-def test_program(program: str) -> None:
-    run(program, 3 if program in ("many_in_flight", "staged") else 2)
+@needs_mpi
+@pytest.mark.parametrize(("size", "program"), [(size, name) for size, names in TOGETHER.items() for name in names])
+def test_program(size: int, program: str) -> None:
+    demand(size, program, output(size, *TOGETHER[size]))
 
 
-@pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
-@pytest.mark.timeout(180)
+@needs_mpi
+def test_what_is_dropped_still_leaves() -> None:
+    demand(2, "dropped", output(2, "dropped"))
+
+
+@needs_mpi
 def test_more_than_2_gib_to_one_rank() -> None:
     needed = 2 * BIG_ROW_BYTES * NUM_BIG_ROWS
     if free_bytes() < needed:
         pytest.skip(f"needs {needed / 2**30:.1f} GiB of free memory, there are {free_bytes() / 2**30:.1f}")
-    run("big", 2)
+    demand(2, "big", output(2, "big"))
 
 
 KILLED = """
@@ -70,7 +77,7 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
+@needs_mpi
 def test_ranks_that_are_killed_leave_no_shared_memory() -> None:
     with no_leaks():
         done = run_mpi(["-c", KILLED], 2)
@@ -307,7 +314,7 @@ def staged(comm: Any) -> None:
     device = PretendedDevice()
     mpi.copy_engine = lambda _: device  # type: ignore[assignment]
     mpi.device_awareness = lambda *_: (False, "pretended")
-    mpi.Slots = partial(mpi.Slots, chunk_bytes=100, num_slots=2)  # type: ignore[misc,assignment]
+    mpi.Slots = functools.partial(mpi.Slots, chunk_bytes=100, num_slots=2)  # type: ignore[misc,assignment]
     cases = ("plain", "empty_rank", "all_to_one", "tiny_hidden", "ragged_tokens", "quantised_pair", "all_empty")
     results = run_conformance(comm, "mpi", [CASES[name] for name in cases], rounds=3)
     assert len(results) == 4 * len(cases)
@@ -326,5 +333,6 @@ if __name__ == "__main__":
     from mpi4py import MPI
 
     torch.set_num_threads(1)
-    globals()[sys.argv[1]](MPI.COMM_WORLD)
-    print(f"{sys.argv[1]}: done\n", end="", flush=True)
+    for program in sys.argv[1:]:
+        globals()[program](MPI.COMM_WORLD)
+        print(f"{program}: done\n", end="", flush=True)
