@@ -11,6 +11,7 @@ only when its letter has been read, which the protocol of the transport sees to.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -26,6 +27,7 @@ TAG_BYTES = 192
 _FLAG_BYTES = 64
 _HEAD_WORDS = 8  # stamp, sequence number, check sum of the tag, ticket, bytes of the tag; the rest is free
 _LINE_BYTES = 64
+_PAGE_BYTES = 4096
 _TRIES = 1000  # looks before going to sleep: each gives up the core, so it takes 0.3 ms where nobody else wants it
 
 
@@ -55,12 +57,13 @@ def letter_bytes(payload_bytes: int) -> int:
 
 
 def mail_bytes(num_ranks: int, payload_bytes: int) -> int:
-    """Bytes of one rank's letter box.
+    """Bytes of one rank's letter box, in whole pages.
 
-    >>> mail_bytes(2, 4) == 64 + 2 * PLACES * 2 * letter_bytes(4)
-    True
+    >>> mail_bytes(2, 4)
+    8192
     """
-    return _FLAG_BYTES + len(Kind) * PLACES * num_ranks * letter_bytes(payload_bytes)
+    used = _FLAG_BYTES + len(Kind) * PLACES * num_ranks * letter_bytes(payload_bytes)
+    return -(-used // _PAGE_BYTES) * _PAGE_BYTES
 
 
 @final
@@ -84,7 +87,7 @@ class Mail:
         self._stride = letter_bytes(payload_bytes)
         mine = boxes[rank].numpy()
         shape = len(Kind), PLACES, num_ranks, self._stride
-        letters = mine[_FLAG_BYTES : mail_bytes(num_ranks, payload_bytes)].reshape(shape)
+        letters = mine[_FLAG_BYTES : _FLAG_BYTES + math.prod(shape)].reshape(shape)
         self._heads = letters[..., : 8 * _HEAD_WORDS].view(np.int64)
         self._tags = letters[..., 8 * _HEAD_WORDS : 8 * _HEAD_WORDS + TAG_BYTES]
         self._payloads = letters[..., 8 * _HEAD_WORDS + TAG_BYTES :]
