@@ -10,6 +10,16 @@ from moecomm._jit import I32, I64, Kernel, finish, function, i64, index_at, loop
 
 
 @cache
+def range_kernel(index_bits: int) -> Kernel:
+    """Compile `plan.first_bad_entry`. Arguments: n, topk_idx (index_bits), E; gives the entry, or -1."""
+    fn, b, (count, idx, experts) = function("range", 3)
+    with loop(b, i64(0), count, 1) as at:
+        expert = index_at(b, idx, at.i, index_bits)
+        refuse(b, b.icmp_unsigned(">", b.add(expert, i64(1)), experts), at.i)
+    return finish(fn, b)
+
+
+@cache
 def plan_kernel(index_bits: int) -> Kernel:
     """Compile `plan.plan_send`.
 

@@ -77,11 +77,11 @@ def copy_kernel(src_index_bits: int, out_index_bits: int, streaming: bool) -> Ke
 def scatter_kernel(src_index_bits: int, slot_bits: int) -> Kernel:
     """Compile the copies of `rows.scatter_rows`: entries in sections, one for each output.
 
-    Arguments: W, outs (4, W) int64, src, src_stride, num_src, row_bytes, src_index, slots. Entry i becomes row slots[i]
-    of its section's output; 0 slot_bits: the next row from the section's start on.
+    Arguments: W, outs (4, W) int64, src, num_src, row_bytes, src_index, every, slots. Entry i
+    becomes row slots[i] of its section's output; 0 slot_bits: the next row from the section's start on.
     """
     fn, b, args = function("scatter", 8)
-    num_outs, outs, src, src_stride, num_src, row_bytes, src_index, slots = args
+    num_outs, outs, src, num_src, row_bytes, src_index, every, slots = args
     with loop(b, i64(0), num_outs, 1, i64(0)) as section:
         first = section.carried[0]
         fields = (b.add(section.i, b.mul(num_outs, i64(n))) for n in range(4))
@@ -89,10 +89,11 @@ def scatter_kernel(src_index_bits: int, slot_bits: int) -> Kernel:
         last = b.add(first, count)
         with loop(b, first, last, 1) as entry:
             source = index_at(b, src_index, entry.i, src_index_bits)
+            source = b.udiv(source, every) if src_index_bits else source
             target = b.add(start, index_at(b, slots, entry.i, slot_bits) if slot_bits else b.sub(entry.i, first))
             wrong = b.or_(b.icmp_unsigned(">=", source, num_src), b.icmp_unsigned(">=", target, most))
             refuse(b, wrong, entry.i)
-            source_row = row_at(b, src, source, src_stride)
+            source_row = row_at(b, src, source, row_bytes)
             _copy_row(b, row_at(b, out, target, row_bytes), source_row, source_row, row_bytes, False)
         section.next = [last]
     return finish(fn, b)

@@ -15,6 +15,7 @@ from moecomm import _env
 from moecomm.errors import CapacityError, ConfigError, MoECommError, RoutingError, StaleHandleError, UnsupportedError
 from moecomm.handle import DispatchHandle
 from moecomm.placement import ExpertPlacement
+from moecomm.plan import first_bad_entry
 from moecomm.topology import Topology
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -283,11 +284,9 @@ class Checker:
     def routing(self, topk_idx: Any, num_tokens: int) -> None:
         """Check a (T, K) routing: shape, dtype, and that every id names an expert or is -1."""
         self.tensor("topk_idx", topk_idx, (num_tokens, self.config.top_k), INDEX_DTYPES, RoutingError)
-        if not topk_idx.numel():
-            return
-        low, high = torch.aminmax(topk_idx)
-        if int(low) < -1 or int(high) >= self.config.num_experts:
-            token, k = ((topk_idx < -1) | (topk_idx >= self.config.num_experts)).nonzero()[0].tolist()
+        bad = first_bad_entry(topk_idx, self.config.num_experts)
+        if bad is not None:
+            token, k = divmod(bad, self.config.top_k)
             raise self.error(
                 RoutingError,
                 f"topk_idx[{token}, {k}] names no expert",

@@ -143,25 +143,26 @@ def route_of(core: Core, handle: DispatchHandle) -> Route:
 
 @dataclass(eq=False, slots=True)
 class Parcel:
-    """One payload to move: rows as they are, `rows[index]`, or sums of rows by a table; sorted by destination."""
+    """One payload to move: (N, ...) rows, `rows[index // every]`, or sums of rows; sorted by destination."""
 
     lane: Lane
     rows: Tensor
     index: Tensor | None = None
+    every: int = 1
     table_PK: Tensor | None = None
     weights_N: Tensor | None = None
 
     def put_all(self, exchange: Exchange, number: int) -> bool:
         """Write all sections at once, if that is possible and pays."""
         num_bytes = self.lane.num_sent * self.lane.row_bytes
-        is_sum = self.table_PK is not None
-        if not self.rows.is_cpu or not can_scatter(num_bytes, self.rows.dtype if is_sum else None):
+        summed = None if self.table_PK is None else self.rows.dtype
+        if not (self.rows.is_cpu and self.rows.is_contiguous() and can_scatter(num_bytes, summed)):
             return False
         outputs = exchange.outputs(number)
         if outputs is None:
             return False
         if self.table_PK is None:
-            scatter_rows(outputs, self.rows, self.index, self.lane.send_slots)
+            scatter_rows(outputs, self.rows, self.lane.row_bytes, self.index, self.every, self.lane.send_slots)
         else:
             scatter_sums(outputs, self.rows, self.table_PK, self.weights_N)
         return True
@@ -172,14 +173,10 @@ class Parcel:
             area = exchange.area(number, dst, section).view(self.rows.dtype)
             reduce_rows(area, self.rows, self.table_PK[section], self.weights_N)
         elif self.index is not None:
-            exchange.put(number, dst, self.rows, self.index[section])
+            index = self.index[section] if self.every == 1 else self.index[section] // self.every
+            exchange.put(number, dst, as_bytes(self.rows), index)
         else:
-            exchange.area(number, dst, section).copy_(self.rows[section])
-
-
-def rows_parcel(lane: Lane, rows: Tensor, index: Tensor | None = None) -> Parcel:
-    """Rows of any dtype as they are: `rows[index]`, or all of them, sorted by destination."""
-    return Parcel(lane, as_bytes(rows), index)
+            exchange.area(number, dst, section).copy_(as_bytes(self.rows)[section])
 
 
 def send(core: Core, tag: str, parcels: Sequence[Parcel], *, agreed: bool = False) -> Exchange:
@@ -227,7 +224,7 @@ def out_lane(route: Route, row_bytes: int, *, repeats: bool = False) -> Lane:
 def home_parcel(core: Core, route: Route, rows: Tensor) -> Parcel:
     """One row per entry (layout "expert") or pair (layout "rank") on its way home, sorted by where it was."""
     lane = contiguous_lane(route.moved_WW.T, core.rank, row_bytes_of(rows))
-    return rows_parcel(lane, rows, None if route.slots_S is None else _on(rows.device, route.counts.recv_slots()))
+    return Parcel(lane, rows, None if route.slots_S is None else _on(rows.device, route.counts.recv_slots()))
 
 
 def row_bytes_of(rows: Tensor) -> int:
@@ -294,7 +291,7 @@ def start_dispatch(
         if core.merge_nodes is not None:  # one column more
             table_QJ = torch.cat([table_QJ, merge_keys(plan, core.merge_nodes)[:, None]], 1)
     parcels = out_parcels(core, route, payloads, topk_weights_TK, topk_idx_TK)
-    parcels.append(rows_parcel(contiguous_lane(counts.pair_counts, core.rank, row_bytes_of(table_QJ)), table_QJ))
+    parcels.append(Parcel(contiguous_lane(counts.pair_counts, core.rank, row_bytes_of(table_QJ)), table_QJ))
     exchange = send(core, tag, parcels, agreed=True)
     core.counters["dispatches"] += 1
     return lambda: Planned(finish_out(core, exchange, route, payloads, topk_weights_TK is not None), route, plan)
@@ -325,16 +322,16 @@ def out_parcels(
     core: Core, route: Route, payloads: Sequence[Tensor], topk_weights_TK: Tensor | None, topk_idx_TK: Tensor
 ) -> list[Parcel]:
     """The payloads, and the weights when there are any, on their way out."""
-    tokens = route.pair_tokens_Q if route.slots_S is None else route.order_S // route.top_k
+    index, every = (route.pair_tokens_Q, 1) if route.slots_S is None else (route.order_S, route.top_k)
     lanes = [out_lane(route, row_bytes_of(payload), repeats=True) for payload in payloads]
-    parcels = [rows_parcel(lane, payload, tokens) for lane, payload in zip(lanes, payloads, strict=True)]
+    parcels = [Parcel(lane, payload, index, every) for lane, payload in zip(lanes, payloads, strict=True)]
     if topk_weights_TK is None:
         return parcels
     if route.slots_S is not None:
-        return [*parcels, rows_parcel(out_lane(route, 4), topk_weights_TK.reshape(-1, 1), route.order_S)]
+        return [*parcels, Parcel(out_lane(route, 4), topk_weights_TK.reshape(-1, 1), route.order_S)]
     elsewhere_QK = ~entry_of_pair(core, route, topk_idx_TK)
     weights_QK = topk_weights_TK[route.pair_tokens_Q].masked_fill_(elsewhere_QK, 0)
-    return [*parcels, rows_parcel(out_lane(route, 4 * route.top_k), weights_QK)]
+    return [*parcels, Parcel(out_lane(route, 4 * route.top_k), weights_QK)]
 
 
 def entry_of_pair(core: Core, route: Route, topk_idx_TK: Tensor) -> Tensor:
@@ -407,7 +404,7 @@ def start_combine(
         weights = handle.row_weights if home.weighted else None
         by_entry = handle.layout == "expert"
         parcels = [
-            Parcel(lane, rows, table_PK=handle.recv_table, weights_N=weights) if by_entry else rows_parcel(lane, rows)
+            Parcel(lane, rows, table_PK=handle.recv_table, weights_N=weights) if by_entry else Parcel(lane, rows)
         ]
     elif rows is not None:
         parcels = [home_parcel(core, route, rows)]

@@ -68,6 +68,21 @@ class SendPlan:
     pair_pos_TW: Tensor
 
 
+def first_bad_entry(topk_idx_TK: Tensor, num_experts: int) -> int | None:
+    """The first entry `t * K + k` of a routing that is neither an expert nor -1.
+
+    >>> first_bad_entry(torch.tensor([[0, -1], [2, 1]]), 2)
+    2
+    """
+    jit = _load_jit() if topk_idx_TK.is_cpu and topk_idx_TK.is_contiguous() else None
+    if jit is not None:
+        check = jit.range_kernel(8 * topk_idx_TK.element_size())
+        bad = check(topk_idx_TK.numel(), topk_idx_TK.data_ptr(), num_experts)
+        return None if bad < 0 else bad
+    wrong = ((topk_idx_TK < -1) | (topk_idx_TK >= num_experts)).reshape(-1)
+    return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
+
+
 def plan_send(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
     """Sort the entries of a routing by destination.
 

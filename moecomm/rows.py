@@ -132,21 +132,26 @@ def can_scatter(num_bytes: int, sums_of: torch.dtype | None = None) -> bool:
     return num_bytes < _STREAM_BYTES and jit is not None and (sums_of is None or jit.supports(FLOATS[sums_of]))
 
 
-def scatter_rows(outs: np.ndarray, src: Tensor, src_index: Tensor | None, slots: Tensor | None) -> None:
+def scatter_rows(
+    outs: np.ndarray, src: Tensor, row_bytes: int, src_index: Tensor | None, every: int, slots: Tensor | None
+) -> None:
     """`copy_rows` into several packed outputs on the host at once, section by section.
 
     Args:
         outs: (4, W) int64, of each of W outputs: its address, how many rows to write (its section of the entries),
             the first of them where slots do not say, and how many rows it has.
-        src: (N, H) rows on the host, any dtype.
-        src_index: (n,) int32 or int64 row of `src` for every entry of every section, or None: entry i is row i.
+        src: (N, ...) rows on the host, contiguous, any dtype.
+        row_bytes: bytes of one row.
+        src_index: (n,) int32 or int64: `src_index // every` is the row of `src` for every entry of every section; None:
+            entry i is row i.
+        every: see there.
         slots: (n,) int32 or int64 row in the section's output, or None: they follow each other from `starts` on.
 
     Raises:
         IndexError: an index is too large, or negative.
 
     >>> src, out = torch.tensor([[1., 2.], [3., 4.]]), torch.zeros(3, 2)
-    >>> scatter_rows(np.array([[out.data_ptr()], [2], [1], [3]]), src, torch.tensor([1, 0]), None)
+    >>> scatter_rows(np.array([[out.data_ptr()], [2], [1], [3]]), src, 8, torch.tensor([5, 0]), 4, None)
     >>> out.tolist()
     [[0.0, 0.0], [3.0, 4.0], [1.0, 2.0]]
     """
@@ -154,8 +159,8 @@ def scatter_rows(outs: np.ndarray, src: Tensor, src_index: Tensor | None, slots:
     assert jit is not None, "no compiler: ask can_scatter"
     kernel = jit.scatter_kernel(_index_bits(src_index), _index_bits(slots))
     assert outs.dtype == np.int64 and outs.flags.c_contiguous, f"outputs {outs.shape} {outs.dtype}"
-    rows = *_rows("src", src), src.shape[0], src.shape[1] * src.element_size()
-    bad = kernel(outs.shape[1], outs.ctypes.data, *rows, _address(src_index), _address(slots))
+    given = src.data_ptr(), src.shape[0], row_bytes, _address(src_index), every, _address(slots)
+    bad = kernel(outs.shape[1], outs.ctypes.data, *given)
     if bad >= 0:
         raise IndexError(f"scatter_rows: entry {bad} lies outside {src.shape[0]} source or {outs[3]} output rows")
 

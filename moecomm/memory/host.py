@@ -77,6 +77,7 @@ class SegmentPool:
         self._memory: HostMemory | None = memory
         self.segment_bytes = segment_bytes
         self._free = set(range(num_segments))
+        self._leases: dict[int, weakref.ref[np.ndarray]] = {}
         self.num_leases = 0
 
     @property
@@ -92,6 +93,7 @@ class SegmentPool:
 
     def give_back(self, segment: int) -> None:
         """Say that nobody uses the segment any more."""
+        self._leases.pop(segment, None)
         self._free.add(segment)
 
     def close(self) -> None:
@@ -102,6 +104,6 @@ class SegmentPool:
         """A uint8 tensor in a taken segment; the segment comes back when the tensor's storage dies."""
         assert self._memory is not None, "the pool is closed"
         tensor, exporter = self._memory.lease(segment * self.segment_bytes + offset, nbytes)
-        weakref.finalize(exporter, self.give_back, segment).atexit = False
+        self._leases[segment] = weakref.ref(exporter, lambda _: self.give_back(segment))
         self.num_leases += 1
         return tensor
