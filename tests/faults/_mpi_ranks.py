@@ -135,6 +135,7 @@ def stopped(world: World) -> Any:
         world.wait_for("gave_up", *(rank for rank in range(world.size) if rank != 1))
     if world.rank == 0:
         os.kill(world.wait_for("stopped", 1)[0], signal.SIGCONT)
+    world.meet("named")  # what was said to rank 1 may wait behind rows, and leaves only while its sender lives
     return error
 
 
