@@ -72,6 +72,11 @@ class World:
         self.mark(name)
         self.wait_for(name)
 
+    def meet_survivors(self) -> None:
+        """Wait for all ranks but rank 1: whoever ends earlier is rightly named by the others as gone, too."""
+        self.mark("survived")
+        self.wait_for("survived", *(rank for rank in range(self.size) if rank != 1))
+
 
 def caught(operation: Callable[[], object]) -> tuple[str, tuple[int, ...], str, float]:
     """Run it, which must fail: class, peers and message of the error, and the seconds it took."""
@@ -151,7 +156,9 @@ def killed(world: World) -> Any:
     error = caught(lambda: world.step(buffer))
     start = time.monotonic()
     buffer.close()
-    return error, time.monotonic() - start
+    closing_s = time.monotonic() - start
+    world.meet_survivors()
+    return error, closing_s
 
 
 def killed_with_rows(world: World, before: bool) -> Any:
@@ -181,7 +188,9 @@ def killed_with_rows(world: World, before: bool) -> Any:
         assert not before, "rows of a rank that never sent any have come"
         world.step(buffer)
 
-    return caught(operations), 0.0
+    error = caught(operations)
+    world.meet_survivors()
+    return error, 0.0
 
 
 def killed_before_rows(world: World) -> Any:
