@@ -5,22 +5,16 @@ The launches are those of the wrappers: they run on tensors without storage whil
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from moecomm.kernels import _launch
 from moecomm.kernels._launch import Launch
+from moecomm.kernels.assembly import flushes, fused_products, memory_orders, row_widths, use_amd, use_nvidia
 from moecomm.kernels.combine import push_reduced
 from moecomm.kernels.layout import SendLayout, layout
 from moecomm.kernels.permute import permute, unpermute
@@ -64,11 +58,13 @@ SHAPES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compiled:
     """What one kernel became on one target.
 
-    row_widths: bytes of every access to a row, as (load or store, bytes, source line). mix: instructions by kind.
+    spilled: instructions that move registers to memory and back. row_widths: every access to a row, as (load or store,
+    bytes, source line). orders: what it orders at system scope. fused: multiply-adds. flushes: operations that take
+    subnormal numbers for zero. mix: instructions by kind. traffic: bytes read and written per row.
     """
 
     kernel: str
@@ -80,8 +76,16 @@ class Compiled:
     stack_bytes: int
     shared_bytes: int
     row_widths: tuple[tuple[str, int, str], ...]
-    mix: Counter[str]
-    assembly: str
+    orders: tuple[str, ...]
+    fused: int
+    flushes: int
+    converts_to_fp8: bool
+    mix: dict[str, int]
+    traffic: tuple[int, int]
+
+    def record(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
 
 
 def operations(shape: Shape) -> dict[str, Callable[[], Any]]:
@@ -167,8 +171,8 @@ def recorded() -> Iterator[list[Launch]]:
         _launch.recorder = None
 
 
-def compile_launch(launch: Launch, target: str) -> Any:
-    """Compile a launch for a target as it would be compiled there."""
+def compile_launch(launch: Launch, target: str, *, fused: bool = False) -> Any:
+    """Compile a launch for a target as it would be compiled there; fused: let products and sums fuse."""
     assert not triton.knobs.runtime.interpret, "compiling needs a process without TRITON_INTERPRET"
     names = [parameter.name for parameter in launch.kernel.params]
     values = dict(zip(names, launch.args, strict=False)) | launch.constexprs
@@ -183,7 +187,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
         if constant:
             constexprs[(at,)] = values[name]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": fused}
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -192,51 +196,62 @@ def inspect(name: str, shape: Shape, target: str, launch: Launch) -> Compiled:
     compiled = compile_launch(launch, target)
     amd = target.startswith("gfx")
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
-    use, mix = _use_amd(assembly) if amd else _use_nvidia(compiled.asm["cubin"])
-    widths = tuple(row_widths(assembly))
-    return Compiled(name, target, shape.name, launch.num_warps, *use, compiled.metadata.shared, widths, mix, assembly)
-
-
-def row_widths(assembly: str) -> Iterator[tuple[str, int, str]]:
-    """Every access to memory from a source line marked `# row access`: load or store, bytes, place."""
-    files = {number: Path(path).name for number, path in re.findall(r"\.file\s+(\d+)[^\n]*\"([^\"\n]*)\"", assembly)}
-    place, inline = "", 0  # lines of inline assembly count up from the true place, which comes first
-    for line in assembly.splitlines():
-        words = line.split()
-        if words[:1] == [".loc"]:
-            inline += inline > 0
-            if inline <= 2:
-                place = f"{files.get(words[1], '?')}:{words[2]}"
-        elif "begin inline asm" in line:
-            inline = 1
-        elif "end inline asm" in line:
-            inline = 0
-        elif place in _row_lines():
-            access = _access(line)
-            if access:
-                yield (*access, place)
-
-
-def _access(line: str) -> tuple[str, int] | None:
-    found = re.search(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bu](\d+)\b", line)
-    if found:
-        return ("load" if found[1] == "ld" else "store"), int(found[2] or 1) * int(found[3]) // 8
-    found = re.search(r"\b(?:global|buffer|flat)_(load|store)_(?:[a-z_]*?)(dword|short|byte|[bu]\d+)(?:x(\d))?", line)
-    if found:
-        size = {"dword": 4, "short": 2, "byte": 1}.get(found[2]) or int(found[2][1:]) // 8
-        return found[1], size * int(found[3] or 1)
-    return None
-
-
-@cache
-def _row_lines() -> frozenset[str]:
-    folder = Path(__file__).parent
-    return frozenset(
-        f"{path.name}:{number}"
-        for path in folder.glob("*.py")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if line.rstrip().endswith("# row access")
+    use = use_amd(assembly) if amd else use_nvidia(compiled.asm["cubin"])
+    fused = fused_products(assembly)
+    if not amd and "div.rn" not in assembly:
+        fused += use.mix["fused"]
+    return Compiled(
+        kernel=name,
+        target=target,
+        shape=shape.name,
+        num_warps=launch.num_warps,
+        registers=use.registers,
+        spilled=use.spilled,
+        stack_bytes=use.stack_bytes,
+        shared_bytes=compiled.metadata.shared,
+        row_widths=tuple(row_widths(assembly)),
+        orders=tuple(memory_orders(assembly)),
+        fused=fused,
+        flushes=flushes(assembly),
+        converts_to_fp8="cvt.rn.satfinite.e4m3x2" in assembly,
+        mix=dict(use.mix),
+        traffic=row_traffic(name, shape),
     )
+
+
+def row_traffic(name: str, shape: Shape) -> tuple[int, int]:
+    """Bytes read and written for one row with one destination, its metadata and table entries included.
+
+    >>> row_traffic("dispatch: push", SHAPES[0])  # 7168 bfloat16; 8 x 3 + 1 words of metadata, padded; W slots
+    (14480, 14448)
+    """
+    hidden, top_k, _, world, dtype, _ = shape[1:]
+    row, groups = hidden * dtype.itemsize, -(-hidden // int(GROUP))
+    meta = 4 * Wire.of(world, top_k, 1, row).meta_words
+    fp8, places = hidden + 4 * groups, 4 * world
+    back = {"receive": (meta, 4 * top_k + 8 + 4), "rank": (meta, 8 * top_k + 8)}
+    tables = {
+        "dispatch: layout": (12 * top_k, meta + places),
+        "dispatch: push": (row + meta + places, row + meta),
+        "dispatch: push, replayed": (row + places, row),
+        "dispatch: push_quantized": (row + meta + places, fp8 + meta),
+        "dispatch: receive": (row + back["receive"][0], row + back["receive"][1]),
+        "dispatch: receive, FP8": (fp8 + back["receive"][0], fp8 + back["receive"][1]),
+        "dispatch: receive, padded": (row + back["receive"][0], row + back["receive"][1]),
+        "dispatch: receive, rank": (row + back["rank"][0], row + back["rank"][1]),
+        "dispatch: permute, replayed": (row + 4 * top_k + 4, row),
+        "combine: push_reduced": (row + 4 * top_k + 8, row),
+        "combine: push_reduced, each": (row + 4 * top_k + 8, row),
+        "combine: reduce": (world * row + row + places, row),
+        "combine: reduce, each": (top_k * row + 8 * top_k, row),
+        "gradient: reduce_grad_rows": (row + 8 * top_k + 4, row),
+        "gradient: reduce_grad_weights": (2 * row + 4, 4),
+        "local: permute": (row + 4 * top_k, row),
+        "local: unpermute": (row + 4, row),
+        "local: quantize": (row, fp8),
+        "local: dequantize": (fp8, row),
+    }
+    return tables.get(name, (0, 0))
 
 
 def _type_of(value: Any, path: tuple[int, ...], constexprs: dict[Any, Any], attrs: dict[Any, Any]) -> Any:
@@ -250,59 +265,6 @@ def _type_of(value: Any, path: tuple[int, ...], constexprs: dict[Any, Any], attr
             attrs[path] = [["tt.divisibility", 16]]
         return triton.runtime.jit.mangle_type(value)
     return "i32"
-
-
-def _use_nvidia(cubin: bytes) -> tuple[tuple[int, int, int], Counter[str]]:
-    tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        dump = [tool, "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(dump, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    opcodes = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", text)
-    spilled = sum(opcode.startswith(("STL", "LDL")) for opcode in opcodes)
-    return (registers, spilled, stack), Counter(_kind_nvidia(opcode) for opcode in opcodes if opcode != "NOP")
-
-
-def _kind_nvidia(opcode: str) -> str:
-    head = opcode.split(".")[0]
-    if head in ("LDG", "STG"):
-        width = next((part for part in opcode.split(".") if part in ("64", "128", "256")), "32 or less")
-        return f"{head} {width}"
-    kinds = {
-        "barrier": ("BAR", "MEMBAR", "FENCE", "ERRBAR", "CCTL"),
-        "atomic": ("ATOM", "ATOMG", "RED", "REDG"),
-        "shared": ("LDS", "STS", "LDSM", "SHFL"),
-        "float": ("FADD", "FMUL", "FFMA", "FSEL", "FMNMX", "FSETP", "MUFU", "F2F", "F2FP", "HADD2", "HMUL2", "I2F"),
-        "branch": ("BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "WARPSYNC"),
-    }
-    return next((kind for kind, heads in kinds.items() if head in heads), "integer")
-
-
-def _use_amd(assembly: str) -> tuple[tuple[int, int, int], Counter[str]]:
-    def number(name: str) -> int:
-        return int(re.search(rf"{re.escape(name)}:\s+(\d+)", assembly)[1])  # type: ignore[index]
-
-    opcodes = re.findall(r"^\s+([vs]_\w+|global_\w+|buffer_\w+|flat_\w+|ds_\w+)", assembly, re.MULTILINE)
-    spilled = number(".vgpr_spill_count") + number(".sgpr_spill_count")
-    return (number(".vgpr_count"), spilled, number(".private_segment_fixed_size")), Counter(map(_kind_amd, opcodes))
-
-
-def _kind_amd(opcode: str) -> str:
-    access = _access(opcode)
-    if access:
-        head = "LDG" if access[0] == "load" else "STG"
-        return f"{head} {access[1] * 8}" if access[1] > 4 else f"{head} 32 or less"
-    if opcode.startswith("ds_"):
-        return "shared"
-    if "atomic" in opcode:
-        return "atomic"
-    if opcode.startswith(("buffer_wb", "buffer_inv", "s_barrier", "s_waitcnt")):
-        return "barrier"
-    if opcode.startswith(("s_cbranch", "s_branch", "s_endpgm")):
-        return "branch"
-    return "float" if re.search(r"_f(16|32|64)|_pk_", opcode) else "integer"
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,6 +15,7 @@ from moecomm.kernels.wire import BAD_ID, Wire
 from torch import Tensor
 
 _BLOCK_ENTRIES = 2048
+_ENTRIES_PER_THREAD = 4  # with 8, registers spill on sm_100
 
 
 class SendLayout(NamedTuple):
@@ -150,7 +151,8 @@ def layout(
     block_entries = min(triton.next_power_of_2(max(16, num_tokens * wire.top_k)), _BLOCK_ENTRIES)
     inputs = topk_idx, topk_weights, flat_of_expert, expert_begin, num_tokens, max_tokens, num_experts
     blocks = {"BLOCK_T": block_t, "BLOCK_ENTRIES": block_entries}
-    launch(_layout_kernel, grid, *out, status, *inputs, num_warps=8, WIRE=wire, **blocks)
+    warps = max(1, min(16, max(block_t * wire.top_k_p2, block_entries) // (32 * _ENTRIES_PER_THREAD)))
+    launch(_layout_kernel, grid, *out, status, *inputs, num_warps=warps, WIRE=wire, **blocks)
     return out
 
 

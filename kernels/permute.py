@@ -208,7 +208,7 @@ def unpermute(rows: Tensor, index: Tensor, *, max_programs: int | None = None) -
     """
     rows, index = contiguous_rows("rows", rows), index.contiguous()
     assert index.ndim == 1 and index.dtype == torch.int32, f"index {tuple(index.shape)} {index.dtype}: not (Q,) int32"
-    out = rows.new_empty(index.shape[0], rows.shape[1])
+    out, _ = empty_rows(index.shape[0], form_of(rows), rows.device)
     if out.numel():
         row = row_geometry(RowFormat(rows.shape[1], rows.dtype), rows, out)
         grid = (num_programs(index.shape[0], rows, max_programs),)

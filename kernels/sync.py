@@ -52,7 +52,8 @@ def wait_for_all(link, sequence, WIRE: tl.constexpr):
     words = area_of(link, 0, SIGNALS, link.rank, WIRE).to(tl.pointer_type(tl.int64)) + source
     late = exists
     missing = tl.sum(late.to(tl.int32), 0)
-    spins = tl.zeros((), tl.int64)
+    stalled = tl.load(link.status + STALLED)  # then waiting once more is pointless, in this program or a later kernel
+    spins = tl.where(stalled == 0, 0, link.max_spins).to(tl.int64)
     while (missing > 0) & (spins < link.max_spins):
         if _PLAIN_ATOMICS:
             seen = tl.atomic_load(words, mask=exists, sem="acquire", scope="sys")
@@ -63,7 +64,7 @@ def wait_for_all(link, sequence, WIRE: tl.constexpr):
         missing = tl.sum(late.to(tl.int32), 0)
         spins += 1
     tl.debug_barrier()  # what one thread acquired, all threads of this program may read
-    if missing > 0:
+    if (missing > 0) & (stalled == 0):
         tl.store(link.status + LATE + source, tl.zeros((WIRE.world_p2,), tl.int64) + sequence, mask=late)
         tl.store(link.status + STALLED, sequence)
     return (missing == 0).to(tl.int32)
@@ -119,6 +120,8 @@ def wait(link: Link, wire: Wire) -> None:
 def wait_ref(link: Link, wire: Wire) -> None:
     """`wait` in plain torch; the polled words change only through other processes or threads."""
     signals = view_memory(int(link.peers[0, int(SIGNALS), link.rank]), (wire.world,), torch.int64)
+    if int(link.status[int(STALLED)]):
+        return
     for _ in range(link.max_spins):
         late = signals < link.state[0]
         if not late.any():
