@@ -24,13 +24,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _encode_kernel(codes, values, HARDWARE: tl.constexpr, BLOCK: tl.constexpr):
+def _encode_kernel(codes, values, HARDWARE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(codes + at, encode_e4m3(tl.load(values + at), HARDWARE))
 
 
 @triton.jit
-def _decode_kernel(values, codes, BLOCK: tl.constexpr):
+def _decode_kernel(values, codes, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, BLOCK)
     tl.store(values + at, decode_e4m3(tl.load(codes + at)))
 

@@ -33,7 +33,7 @@ def pushed(rows: Tensor, scales: Tensor | None = None, silent: tuple[int, ...] =
 
 def both(world: World, form: RowFormat, rank: int, **options: object) -> tuple[Received, Received]:
     arriving = Arriving(world.links[rank], world.wire, form)
-    return tuple(f(arriving, experts=world.experts(rank), **options) for f in (receive, receive_ref))  # type: ignore[return-value]
+    return tuple(f(arriving, experts=world.experts(rank), **options) for f in (receive, receive_ref))
 
 
 def compare(got: Received, wanted: Received) -> None:
@@ -128,4 +128,4 @@ def test_refused(options: dict[str, object], problem: str) -> None:
     world = World(ExpertPlacement.uniform(7, WORLD), TOP_K, 10, 64)
     arguments = {"experts": (0, 3), "num_pairs": 30, "num_rows": 90} | options
     with pytest.raises(AssertionError, match=problem):
-        receive(world.arriving(0, RowFormat(8, torch.float32)), **arguments)  # type: ignore[arg-type]
+        receive(world.arriving(0, RowFormat(8, torch.float32)), **arguments)

@@ -108,6 +108,7 @@ def test_nothing_to_add(shape: tuple[int, int]) -> None:
 def test_error_is_that_of_one_rounding(seed: int) -> None:
     rows, table = numbers(40, 64, dtype=torch.bfloat16, seed=seed), table_of(16, 8, 40)
     weights = weights_of("by_entry", table, 40)
+    assert weights is not None
     kept = torch.where(table >= 0, weights, 0.0)
     exact = torch.einsum("pj,pjh->ph", kept.double(), rows.double()[table.clamp(min=0).long()])
     plain = torch.einsum("pj,pjh->ph", kept, rows.float()[table.clamp(min=0).long()]).bfloat16()
@@ -208,4 +209,4 @@ def test_a_stall_leaves_the_sum_alone() -> None:
 )
 def test_refused(arguments: tuple[Tensor | None, ...], problem: str) -> None:
     with pytest.raises(AssertionError, match=problem):
-        reduce(*arguments)  # type: ignore[arg-type]
+        reduce(*arguments)

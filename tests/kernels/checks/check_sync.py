@@ -88,7 +88,7 @@ def test_the_first_stall_stays_noted_by_operation() -> None:
 
 
 @triton.jit
-def _many_programs_kernel(out, link, WIRE: tl.constexpr):
+def _many_programs_kernel(out, link, WIRE: tl.constexpr):  # type: ignore[no-untyped-def]
     sequence = tl.load(link.state) + 1
     if may_send(link):
         tl.store(out + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), sequence)

@@ -5,6 +5,7 @@ The checks run in Triton's interpreter on the CPU, or on a GPU when the interpre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -88,8 +89,8 @@ def dispatch_and_combine(case: Case, world: World, round: int, layout_name: str 
     ranks = range(world.wire.world)
     routings = [case.routing(rank, round, world.wire.world) for rank in ranks]
     xs = [case.payload(rank, round) for rank in ranks]
-    scales = [case.scales(rank, round) for rank in ranks] if case.scale_columns else None
-    weights = [w for _, w in routings] if case.has_weights else None
+    scales = given([case.scales(rank, round) for rank in ranks])
+    weights = given([w for _, w in routings])
     align = case.align if layout_name == "expert" else 1
     expected = reference.dispatch(
         xs,
@@ -123,6 +124,13 @@ def dispatch_and_combine(case: Case, world: World, round: int, layout_name: str 
         combine_and_compare(case, world, round, sent, got, expected)
 
 
+def given(values: Sequence[Tensor | None]) -> list[Tensor] | None:
+    """The values of all ranks, or None if they have none."""
+    known = [value for value in values if value is not None]
+    assert len(known) in (0, len(values)), "some ranks have values and some have none"
+    return known or None
+
+
 def num_pairs_of(sent: list[SendLayout], rank: int) -> int:
     """Pairs that a rank receives."""
     return sum(int(layout.counts[rank, 0]) for layout in sent)
@@ -130,17 +138,22 @@ def num_pairs_of(sent: list[SendLayout], rank: int) -> int:
 
 def compare_dispatch(got: Received, expected: reference.ReferenceDispatched, what: str) -> None:
     """Compare what one rank received with what the oracle says."""
-    assert_bitwise(got.x, expected.x, f"{what}: x")
-    if expected.scales is not None:
-        assert_bitwise(got.scales, expected.scales, f"{what}: scales")
-    assert_bitwise(got.groups[1].cpu(), expected.tokens_per_expert, f"{what}: tokens_per_expert")
+    pairs = {
+        "x": (got.x, expected.x),
+        "scales": (got.scales, expected.scales),
+        "tokens_per_expert": (got.groups[1].cpu(), expected.tokens_per_expert),
+    }
     if expected.layout == "expert":
-        assert_bitwise(got.groups[0].cpu(), expected.expert_offsets, f"{what}: expert_offsets")
-        assert_bitwise(got.weights, expected.row_weights, f"{what}: row_weights")
+        pairs["expert_offsets"] = got.groups[0].cpu(), expected.expert_offsets
+        pairs["row_weights"] = got.weights, expected.row_weights
     else:
-        assert_bitwise(got.table.cpu(), expected.topk_idx.int(), f"{what}: topk_idx")
-        assert_bitwise(got.weights, expected.topk_weights, f"{what}: topk_weights")
-        assert_bitwise(got.token.cpu().long(), expected.source_token, f"{what}: token")
+        pairs["topk_idx"] = got.table.cpu(), expected.topk_idx
+        pairs["topk_weights"] = got.weights, expected.topk_weights
+        pairs["token"] = got.token.cpu().long(), expected.source_token
+    for name, (value, wanted) in pairs.items():
+        assert (value is None) == (wanted is None), f"{what}: {name} is missing on one side"
+        if value is not None and wanted is not None:
+            assert_bitwise(value, wanted, f"{what}: {name}")
 
 
 def combine_and_compare(
