@@ -43,3 +43,13 @@ def ranks_per_node() -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError("MOECOMM_RANKS_PER_NODE is no rank count", got=repr(text), expected="a positive integer")
     return int(text)
+
+
+def interprets_kernels() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU; it reads this when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "yes", "on", "y")
+
+
+def allows_shared_devices() -> bool:
+    """Whether torch lets several ranks have symmetric memory on one device; meant for tests."""
+    return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "0") == "1"

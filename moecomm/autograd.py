@@ -148,7 +148,7 @@ def _(
         x.new_empty(num_pairs, dtype=torch.int64),
         x.new_empty(num_tokens, size, **i32),
         x.new_empty(num_received, top_k, **i32),
-        x.new_empty(0 if core_of(buffer_id).merge_nodes is None else num_received, **i32),
+        x.new_empty(core_of(buffer_id).keys_per_pair * num_received, **i32),
         x.new_empty(size, num_experts, **host),
         x.new_empty(size, size, **host),
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,28 @@ class Phase:
         self._total_s[self._name] += perf_counter() - self._start
 
 
+class Fused(Protocol):
+    """Operations of a transport that moves whole operations; as the functions of the same names below."""
+
+    def start_dispatch(
+        self,
+        core: Core,
+        payloads: Sequence[Tensor],
+        topk_idx_TK: Tensor,
+        topk_weights_TK: Tensor | None,
+        layout: str,
+        align: int,
+    ) -> Callable[[], Planned]: ...
+
+    def start_replay(
+        self, core: Core, payloads: Sequence[Tensor], topk_weights_TK: Tensor | None, handle: DispatchHandle
+    ) -> Callable[[], Arrived]: ...
+
+    def start_combine(
+        self, core: Core, home: Homecoming, handle: DispatchHandle
+    ) -> Callable[[], tuple[Tensor | None, Tensor | None]]: ...
+
+
 @dataclass(eq=False)
 class Core:
     """What operations work with: who moves rows, who holds which expert, how to reduce; and what was counted."""
@@ -57,11 +79,17 @@ class Core:
     started: dict[int, Callable[[], Any]] = field(default_factory=dict)
     failure: MoECommError | None = None
     closed: bool = False
+    fused: Fused | None = None
 
     @property
     def rank(self) -> int:
         """This rank in its group."""
         return self.transport.group.rank
+
+    @property
+    def keys_per_pair(self) -> int:
+        """Numbers in `DispatchHandle.recv_keys` for each pair received."""
+        return 2 if self.fused is not None else int(self.merge_nodes is not None)
 
     @property
     def merge_nodes(self) -> np.ndarray | None:
@@ -278,6 +306,8 @@ def start_dispatch(
     core: Core, payloads: Sequence[Tensor], topk_idx_TK: Tensor, topk_weights_TK: Tensor | None, layout: str, align: int
 ) -> Callable[[], Planned]:
     """Plan a routing and send (T, ...) payloads along it, with the tables that lead their rows home."""
+    if core.fused is not None:
+        return core.fused.start_dispatch(core, payloads, topk_idx_TK, topk_weights_TK, layout, align)
     with core.phase("plan"):
         plan = plan_send(topk_idx_TK, core.tables)
     top_k = topk_idx_TK.shape[1]
@@ -301,6 +331,8 @@ def start_replay(
     core: Core, payloads: Sequence[Tensor], topk_weights_TK: Tensor | None, handle: DispatchHandle
 ) -> Callable[[], Arrived]:
     """Send (T, ...) payloads along a planned route: no planning, no counts, no tables."""
+    if core.fused is not None:
+        return core.fused.start_replay(core, payloads, topk_weights_TK, handle)
     route = route_of(core, handle)
     tag = dispatch_tag(payloads, topk_weights_TK, handle.layout, handle.align, route.top_k)
     tag += f" replay {routing_tag(handle)}"
@@ -394,6 +426,8 @@ def start_combine(
     core: Core, home: Homecoming, handle: DispatchHandle
 ) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
     """Lead rows home; `finish` gives the (T, H) sums and the carried values as (T, K)."""
+    if core.fused is not None:
+        return core.fused.start_combine(core, home, handle)
     route = route_of(core, handle)
     rows, parcels = home.rows, []
     if rows is not None and core.reduce == "rank":

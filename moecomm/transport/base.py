@@ -173,12 +173,27 @@ class Transport(ABC):
         return 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelShape:
+    """What kernels need to know of a layer when they are compiled.
+
+    top_k: K. most_local: most experts on any rank. max_tokens: M. row_bytes: of the longest row with what travels
+    behind it. each: whether every (token, k) row may come home by itself.
+    """
+
+    top_k: int
+    most_local: int
+    max_tokens: int
+    row_bytes: int
+    each: bool
+
+
 @dataclass(frozen=True, slots=True)
 class TransportOptions:
     """What a transport needs to know of its buffer.
 
     segment_bytes: bytes of one receive area. count_bytes: bytes of what a rank says before a planned dispatch.
-    buffer_id: unique in the group, the same on all its ranks.
+    buffer_id: unique in the group, the same on all its ranks. kernels: for a transport that is made of kernels.
     """
 
     device: torch.device
@@ -187,6 +202,7 @@ class TransportOptions:
     count_bytes: int
     num_segments: int
     buffer_id: int
+    kernels: KernelShape | None = None
 
 
 def as_bytes(rows: Tensor) -> Tensor:
