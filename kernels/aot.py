@@ -88,8 +88,8 @@ class Compiled:
         return asdict(self)
 
 
-def operations(shape: Shape) -> dict[str, Callable[[], Any]]:
-    """The launches of a forward and a backward pass at a shape, by name, on tensors without storage.
+def operations(shape: Shape, rank: int = 3) -> dict[str, Callable[[], Any]]:
+    """The launches of a forward and a backward pass at a shape on a rank, by name, on tensors without storage.
 
     >>> sorted(operations(SHAPES[1]))[:3]
     ['barrier: signal', 'barrier: wait', 'combine: push_reduced']
@@ -112,7 +112,7 @@ def operations(shape: Shape) -> dict[str, Callable[[], Any]]:
         _meta(2, FIELDS, world, dtype=torch.int64),
         _meta(2, dtype=torch.int64),
         _meta(int(LATE) + world, dtype=torch.int64),
-        rank=3,
+        rank=rank,
         max_tokens=tokens,
         max_spins=1 << 24,
     )
@@ -148,10 +148,10 @@ def operations(shape: Shape) -> dict[str, Callable[[], Any]]:
     }
 
 
-def launches(shape: Shape) -> dict[str, Launch]:
+def launches(shape: Shape, rank: int = 3) -> dict[str, Launch]:
     """The launch behind each operation."""
     found = {}
-    for name, operation in operations(shape).items():
+    for name, operation in operations(shape, rank).items():
         with recorded() as noted:
             operation()
         assert len(noted) == 1, f"{name} is {len(noted)} launches"
@@ -264,6 +264,11 @@ def _type_of(value: Any, path: tuple[int, ...], constexprs: dict[Any, Any], attr
         if value.data_ptr() % 16 == 0:
             attrs[path] = [["tt.divisibility", 16]]
         return triton.runtime.jit.mangle_type(value)
+    if len(path) > 1 and value == 1:  # inside tuples integers are specialised
+        constexprs[path] = 1
+        return "constexpr"
+    if len(path) > 1 and value % 16 == 0:
+        attrs[path] = [["tt.divisibility", 16]]
     return "i32"
 
 

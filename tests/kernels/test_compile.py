@@ -120,6 +120,12 @@ def test_report_is_complete(records: list[Record]) -> None:
             assert row in text.split(f"## {record['shape']}\n")[1].split("\n## ")[0]
 
 
+def test_numbers_that_are_one_compile_too() -> None:
+    """Triton makes a constant of an integer 1, such as the rank of rank 1."""
+    for name, launch in aot.launches(aot.SHAPES[1]._replace(tokens=1), rank=1).items():
+        assert aot.compile_launch(launch, "sm_90").asm["ptx"], name
+
+
 # The checks can fail: what they look for, in code that has it.
 
 
