@@ -16,6 +16,7 @@ from torch import Tensor
 from moecomm import autograd
 from moecomm.checks import MAX_ALIGN, BufferConfig, Checker, agree, configure
 from moecomm.errors import MoECommError
+from moecomm.fused import FusedOperations
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, Pending
 from moecomm.memory.mail import mail_bytes
@@ -25,7 +26,8 @@ from moecomm.plan import PlacementTables
 from moecomm.rows import backend as rows_backend
 from moecomm.topology import Topology
 from moecomm.transport import build, select
-from moecomm.transport.base import Support, TransportOptions
+from moecomm.transport._symmetric_device import KernelTransport
+from moecomm.transport.base import KernelShape, Support, TransportOptions
 
 T = TypeVar("T")
 
@@ -136,6 +138,7 @@ class Buffer:
             count_bytes=_count_bytes(self.config, self._group.size),
             num_segments=num_segments,
             buffer_id=buffer_ids[0],
+            kernels=_kernel_shape(self.config),
         )
         self._core = Core(
             transport=build(chosen, self._group, self._topology, options),
@@ -144,6 +147,8 @@ class Buffer:
             dtype=dtype,
         )
         self._check = Checker(self.config, self._group.rank, self._id)
+        if isinstance(self._core.transport, KernelTransport):
+            self._core.fused = FusedOperations(self._core.transport, self._core.tables)
         autograd.CORES[self._id] = self._core
 
     def _agree(self, given: BufferConfig | MoECommError) -> tuple[BufferConfig, list[int]]:
@@ -409,6 +414,18 @@ def _memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
 def _count_bytes(config: BufferConfig, num_ranks: int) -> int:
     """What a rank tells the others before it sends: its entries per expert and its pairs per rank, int32."""
     return 4 * (config.placement.num_experts + num_ranks)
+
+
+def _kernel_shape(config: BufferConfig) -> KernelShape:
+    """Rows have what travels behind them at a multiple of 16 bytes; gradients of weights travel as rows of K floats."""
+    room = -(-config.row_bytes // 16) * 16 + 16
+    return KernelShape(
+        top_k=config.top_k,
+        most_local=max(config.placement.experts_per_rank),
+        max_tokens=config.max_tokens_per_rank,
+        row_bytes=max(room, 4 * config.top_k),
+        each=config.reduce == "source",
+    )
 
 
 def _explain(chosen: str, config: BufferConfig, answers: dict[str, Support], topology: Topology) -> str:

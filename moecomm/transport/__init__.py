@@ -6,7 +6,9 @@ import torch
 
 from moecomm.errors import ConfigError, UnsupportedError
 from moecomm.group import Group
+from moecomm.memory.device import moves_by_kernels
 from moecomm.topology import Topology
+from moecomm.transport._symmetric_device import KernelTransport
 from moecomm.transport.base import Support, Transport, TransportOptions
 from moecomm.transport.collective import CollectiveTransport
 from moecomm.transport.hierarchical import HierarchicalTransport
@@ -45,6 +47,8 @@ def select(
 
 def build(cls: type[Transport], group: Group, topology: Topology, options: TransportOptions) -> Transport:
     """Make a transport that was selected; collective."""
+    if cls is SymmetricTransport and moves_by_kernels(options.device):
+        return KernelTransport(group, topology, options)
     if cls is not HierarchicalTransport:
         return cls(group, topology, options)
     flat = next(cls for cls in FLAT if cls.supports(group, topology, options.device).ok)
@@ -68,6 +72,8 @@ def _answer(cls: type[Transport], group: Group, topology: Topology, device: torc
     own = cls.supports(group, topology, device)
     if cls is not HierarchicalTransport or not own.ok:
         return own
+    if device.type != "cpu":
+        return Support(False, f"inside a node: no exchange row by row on {device.type} yet")
     inside = SymmetricTransport.supports(group, Topology((0,) * group.size), device)
     between = [flat.supports(group, topology, device) for flat in FLAT]
     if not inside.ok:

@@ -19,6 +19,7 @@ from torch import Tensor
 from moecomm.errors import CapacityError, MoECommError
 from moecomm.group import Group
 from moecomm.memory.channel import Channel
+from moecomm.memory.device import device_memory_support, moves_by_kernels
 from moecomm.memory.host import HostMemory, SegmentPool, host_memory_support
 from moecomm.memory.mail import Mail, mail_bytes
 from moecomm.rows import copy_rows, empty_rows
@@ -72,12 +73,13 @@ class SymmetricTransport(Transport):
 
     @classmethod
     def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
-        if device.type != "cpu":
-            return Support(False, f"symmetric memory on {device.type} is not there yet, only on cpu")
-        if reason := host_memory_support():
+        by_kernels = moves_by_kernels(device)
+        if reason := device_memory_support(group, device) if by_kernels else host_memory_support():
             return Support(False, reason)
         if not topology.is_single_node:
             return Support(False, f"the ranks are spread over {topology.num_nodes} nodes")
+        if by_kernels:
+            return Support(True, f"all ranks reach each other's memory on {device.type} by kernels")
         return Support(True, "all ranks share the memory of one host")
 
     def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:

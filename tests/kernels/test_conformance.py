@@ -1,0 +1,232 @@
+"""The conformance suite of the foundation on the kernels themselves: the whole stack, interpreted, rank by process."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import moecomm
+from moecomm.errors import ConfigError, StallError, UnsupportedError
+from moecomm.group import Group
+from moecomm.memory.device import device_memory_support, moves_by_kernels, unreachable_peers
+from moecomm.testing import CASES, RankPool, run_ranks
+from moecomm.testing.conformance import ConformanceResult, run_conformance
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+DEADLINE_S = 240.0
+INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
+# (world size, rounds): cases. The checks of single kernels run the rest of the combinations in one process.
+RUNS = {
+    (2, 1): tuple(CASES),
+    (2, 6): ("tiny_hidden",),
+    (1, 2): ("masked", "quantised_pair", "odd_align"),
+    (4, 1): ("ragged_tokens", "rank_without_experts", "duplicate_expert"),
+}
+
+
+@functools.cache
+def prepare() -> None:
+    """Make the interpreter of this process quicker, and give way to other ranks while it polls."""
+    from tests.kernels.checks.conftest import check_overflow, hurry, yield_while_polling
+
+    hurry()
+    yield_while_polling()
+    check_overflow(False)
+
+
+def run_on_rank(rank: int, name: str, rounds: int) -> list[ConformanceResult]:
+    import triton
+
+    assert triton.knobs.runtime.interpret
+    prepare()
+    return run_conformance(None, "symmetric", [CASES[name]], rounds=rounds, timeout_s=DEADLINE_S)
+
+
+@pytest.fixture(scope="module")
+def pool_of() -> Iterator[Callable[[int], RankPool]]:
+    """Pools by size, started when first asked for and kept."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(
+            lambda world_size: stack.enter_context(RankPool(world_size, env=INTERPRETED, timeout_s=DEADLINE_S))
+        )
+
+
+@pytest.mark.timeout(DEADLINE_S + 30)
+@pytest.mark.parametrize(
+    ("world_size", "rounds", "name"), [(*how, name) for how, names in RUNS.items() for name in names]
+)
+def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, rounds: int, name: str) -> None:
+    results_of_ranks = pool_of(world_size).run(run_on_rank, name, rounds)
+    failed = [
+        f"rank {result.rank}, layout {result.layout}, reduce {result.reduce}: {result.message}"
+        for results in results_of_ranks
+        for result in results
+        if not result.ok
+    ]
+    assert not failed, "\n".join(failed)
+    assert [len(results) for results in results_of_ranks] == [4] * world_size
+    assert all(result.num_checks > 0 for results in results_of_ranks for result in results)
+
+
+# -- it is the kernels that run, and waits end ---------------------------------------------------------------------
+
+
+def count_launches(rank: int) -> dict[str, list[str]]:
+    """Names of the kernels that each operation launches."""
+    prepare()
+    from moecomm.kernels import _launch
+
+    plain, names = _launch.launch, list[str]()
+
+    def counted(kernel: object, *args: object, **options: object) -> None:
+        names.append(getattr(kernel, "fn").__name__)  # noqa: B009
+        plain(kernel, *args, **options)
+
+    for module in ("layout", "push", "receive", "combine", "reduce", "permute"):
+        __import__(f"moecomm.kernels.{module}")
+        getattr(moecomm.kernels, module).launch = counted
+    found = {}
+    with moecomm.Buffer(
+        num_experts=4, hidden=8, top_k=2, max_tokens_per_rank=4, dtype=torch.float32, transport="symmetric"
+    ) as buffer:
+        assert "by kernels" in buffer.explain()
+        x, ids = torch.randn(3, 8), torch.tensor([[0, 3], [1, 2], [2, -1]])
+        out = buffer.dispatch(x, ids)
+        found["dispatch"], names[:] = list(names), []
+        again = buffer.dispatch(x, handle=out.handle)
+        found["replay"], names[:] = list(names), []
+        assert torch.equal(again.x, out.x)
+        buffer.combine(out.x, out.handle)
+        found["combine"], names[:] = list(names), []
+        stats = buffer.stats()
+        assert stats["rows_local"] + stats["rows_remote"] > 0 and stats["operations_sent"] == 3
+    return found
+
+
+def test_every_operation_is_two_or_three_launches(pool_of: Callable[[int], RankPool]) -> None:
+    for found in pool_of(2).run(count_launches):
+        assert found == {
+            "dispatch": ["_layout_kernel", "_push_kernel", "_receive_kernel"],
+            "replay": ["_push_kernel", "_permute_kernel"],
+            "combine": ["_push_reduced_kernel", "_reduce_kernel"],
+        }
+
+
+def one_stays_away(rank: int, operation: str) -> tuple[str, tuple[int, ...], str]:
+    """The last of three ranks takes no part in an operation; what the others are told, and what comes after."""
+    prepare()
+    buffer = moecomm.Buffer(
+        num_experts=3,
+        hidden=4,
+        top_k=1,
+        max_tokens_per_rank=4,
+        dtype=torch.float32,
+        transport="symmetric",
+        timeout_s=4.0,
+    )
+    x, ids = torch.ones(2, 4), torch.tensor([[0], [2]])
+    out = buffer.dispatch(x, ids)
+    if rank == 2:
+        torch.distributed.barrier()
+        return "", (), ""
+    try:
+        buffer.dispatch(x, ids) if operation == "dispatch" else buffer.combine(out.x, out.handle)
+    except StallError as error:
+        try:
+            buffer.dispatch(x, ids)
+        except StallError as later:
+            torch.distributed.barrier()
+            return str(error), error.peers, str(later)
+    raise AssertionError("nobody was missed")
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+def test_who_stays_away_is_named(operation: str) -> None:
+    *told, _ = run_ranks(one_stays_away, 3, operation, env=INTERPRETED, timeout_s=100.0)
+    for message, peers, later in told:
+        assert peers == (2,) and "waiting for rank 2" in message and operation in message
+        assert "failed earlier" in later
+
+
+def refuse(rank: int) -> list[str]:
+    """What a wrong argument is told; the buffer goes on."""
+    prepare()
+    found = []
+    with moecomm.Buffer(
+        num_experts=2, hidden=4, top_k=1, max_tokens_per_rank=2, dtype=torch.float32, transport="symmetric"
+    ) as buffer:
+        for x, ids in ((torch.ones(3, 4), [[0]] * 3), (torch.ones(2, 5), [[0]] * 2), (torch.ones(1, 4), [[7]])):
+            try:
+                buffer.dispatch(x, torch.tensor(ids))
+            except moecomm.MoECommError as error:
+                found.append(str(error))
+        assert buffer.dispatch(torch.ones(1, 4), torch.tensor([[1]])).handle.num_tokens == 1
+    return found
+
+
+def test_a_refused_call_leaves_the_buffer_usable(pool_of: Callable[[int], RankPool]) -> None:
+    for tokens, shape, expert in pool_of(2).run(refuse):
+        assert "too many tokens" in tokens and "wrong shape" in shape and "names no expert" in expert
+
+
+def differ(rank: int) -> str:
+    prepare()
+    try:
+        moecomm.Buffer(num_experts=2, hidden=4, top_k=1, max_tokens_per_rank=2 + rank, transport="symmetric")
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_different_max_tokens_are_refused_on_every_rank(pool_of: Callable[[int], RankPool]) -> None:
+    assert all("max_tokens_per_rank" in message for message in pool_of(2).run(differ))
+
+
+# -- where kernels cannot run ---------------------------------------------------------------------------------------
+
+
+def test_without_the_interpreter_the_cpu_has_no_kernels() -> None:
+    cpu = torch.device("cpu")
+    assert not moves_by_kernels(cpu)
+    assert "TRITON_INTERPRET" in (device_memory_support(Group.resolve(), cpu) or "")
+
+
+def test_rows_on_a_gpu_are_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert moves_by_kernels(torch.device("cuda"))
+    assert "rows are on cuda" in (device_memory_support(Group.resolve(), torch.device("cuda")) or "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_buffer_for_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="symmetric: torch sees no cuda device"):
+        moecomm.Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1, device="cuda", transport="symmetric")
+
+
+def test_ranks_whose_devices_cannot_reach_each_other_are_named() -> None:
+    assert unreachable_peers(["a", "b", "c"], [{"b": True, "c": True}, {"a": True, "c": False}, {}]) == (
+        "the device of rank 1 (b) has no peer access to that of rank 2 (c)"
+    )
+    assert unreachable_peers(["a", "a"], [{}, {}]) is None, "ranks on one device reach each other"
+
+
+def share_one_device(rank: int) -> str:
+    """Pretend that every rank has the same GPU, and that torch was not told to allow that."""
+    from moecomm.memory import device
+
+    device._identity = lambda *_: ("gpu-0", False, {})
+    try:
+        device._check_peers(Group.resolve(), torch.device("cuda:0"), 30.0)
+    except UnsupportedError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_sharing_a_device_has_to_be_allowed() -> None:
+    for message in run_ranks(share_one_device, 2):
+        assert "rank 0, rank 1 share a device" in message and "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1" in message
