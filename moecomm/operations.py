@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,28 +44,6 @@ class Phase:
         self._total_s[self._name] += perf_counter() - self._start
 
 
-class Fused(Protocol):
-    """Operations of a transport that moves whole operations; as the functions of the same names below."""
-
-    def start_dispatch(
-        self,
-        core: Core,
-        payloads: Sequence[Tensor],
-        topk_idx_TK: Tensor,
-        topk_weights_TK: Tensor | None,
-        layout: str,
-        align: int,
-    ) -> Callable[[], Planned]: ...
-
-    def start_replay(
-        self, core: Core, payloads: Sequence[Tensor], topk_weights_TK: Tensor | None, handle: DispatchHandle
-    ) -> Callable[[], Arrived]: ...
-
-    def start_combine(
-        self, core: Core, home: Homecoming, handle: DispatchHandle
-    ) -> Callable[[], tuple[Tensor | None, Tensor | None]]: ...
-
-
 @dataclass(eq=False)
 class Core:
     """What operations work with: who moves rows, who holds which expert, how to reduce; and what was counted."""
@@ -79,7 +57,7 @@ class Core:
     started: dict[int, Callable[[], Any]] = field(default_factory=dict)
     failure: MoECommError | None = None
     closed: bool = False
-    fused: Fused | None = None
+    fused: Any = None  # `fused.FusedOperations` where the transport moves whole operations
 
     @property
     def rank(self) -> int:
