@@ -59,7 +59,7 @@ class FusedOperations:
             sent = self._send_planned(payloads, topk_idx_TK, topk_weights_TK)
         with core.phase("counts"):
             come = transport.await_counts("dispatch")
-        counts = self._counts(come, sent.counts[:, 0].cpu().numpy(), align)
+        counts = self._counts(come, transport.read(sent.counts)[:, 0], align)
         num_pairs = int(come[:, 0].sum())
         num_rows = num_pairs if layout == "rank" else int(counts.rows_of_rank[core.rank])
         with core.phase("arrange"), transport.launching():
@@ -72,14 +72,12 @@ class FusedOperations:
         self._count(core, counts.pair_counts[core.rank], payloads)
         transport.check("dispatch", topk_idx_TK.shape[1])
         none = [send_pos.new_empty(0, dtype=torch.int64) for _ in range(3)]
-        rank_TK = self.tables.rank_of_flat[flat_TK.long()]
-        host = np.empty(0, np.int32)
-        plan = SendPlan(host, flat_TK, none[0], send_pos, rank_TK, none[1], none[2], sent.pair_row)
+        plan = SendPlan(np.empty(0, np.int32), none[2], none[0], send_pos, none[2], none[1], none[2], sent.pair_row)
         route = Route(counts, none[0], None, none[1], topk_idx_TK.shape[1])
-        arrived = Arrived(got.x, _restore(got.scales, payloads), got.weights, got.table, keys)
 
         def finish() -> Planned:
             transport.join(marked, got.x, got.scales, got.weights, got.table, keys, send_pos, sent.pair_row)
+            arrived = Arrived(got.x, _restore(got.scales, payloads), got.weights, got.table, keys)
             return Planned(arrived, route, plan)
 
         return finish

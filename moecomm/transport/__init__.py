@@ -72,8 +72,6 @@ def _answer(cls: type[Transport], group: Group, topology: Topology, device: torc
     own = cls.supports(group, topology, device)
     if cls is not HierarchicalTransport or not own.ok:
         return own
-    if device.type != "cpu":
-        return Support(False, f"inside a node: no exchange row by row on {device.type} yet")
     inside = SymmetricTransport.supports(group, Topology((0,) * group.size), device)
     between = [flat.supports(group, topology, device) for flat in FLAT]
     if not inside.ok:

@@ -96,8 +96,9 @@ class KernelTransport(Transport):
     def await_counts(self, operation: str) -> np.ndarray:
         """Wait on the host for the counts of all ranks in the operation last sent: (W, counts_width) int32."""
         start = time.monotonic()
+        self._check_stalled(operation, self.read(self.link.status))  # then nothing was sent, and nothing will come
         while True:
-            seen = self._read(self._counts[self.seq & 1])
+            seen = self.read(self._counts[self.seq & 1])
             missing = np.flatnonzero((seen >> 32 != self.seq).any(1)).tolist()
             if not missing:
                 return (seen & 0xFFFFFFFF).astype(np.int32)
@@ -109,12 +110,10 @@ class KernelTransport(Transport):
 
     def check(self, operation: str, top_k: int) -> None:
         """Raise what the kernels noted. The host waits for them here: only where it has to wait anyway."""
-        from moecomm.kernels.wire import BAD_ID, LATE, ROWS_NEEDED, STALLED, decode_bad_id
+        from moecomm.kernels.wire import BAD_ID, ROWS_NEEDED, decode_bad_id
 
-        status = self._read(self.link.status)
-        if status[int(STALLED)]:
-            late = np.flatnonzero(status[int(LATE) :]).tolist()
-            raise self._stall(f"gave up in kernel operation {status[int(STALLED)]} waiting for", operation, late)
+        status = self.read(self.link.status)
+        self._check_stalled(operation, status)
         bad = decode_bad_id(int(status[int(BAD_ID)]), top_k)
         if bad is not None:
             self.link.status[int(BAD_ID)] = 0
@@ -125,10 +124,18 @@ class KernelTransport(Transport):
         needed = int(status[int(ROWS_NEEDED)])
         assert not needed, f"{needed} rows came, more than the counts said"
 
-    def _read(self, tensor: Tensor) -> np.ndarray:
+    def _check_stalled(self, operation: str, status: np.ndarray) -> None:
+        from moecomm.kernels.wire import LATE, STALLED
+
+        if status[int(STALLED)]:
+            late = np.flatnonzero(status[int(LATE) :]).tolist()
+            raise self._stall(f"gave up in kernel operation {status[int(STALLED)]} waiting for", operation, late)
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """A copy on the host of what a kernel is known to have written; it does not wait for kernels that wait."""
         if self._reader is None:
             return tensor.numpy().copy()
-        with torch.cuda.stream(self._reader):  # not behind kernels that wait
+        with torch.cuda.stream(self._reader):
             return tensor.cpu().numpy()
 
     def _stall(self, what: str, operation: str, late: Sequence[int]) -> StallError:
@@ -155,6 +162,8 @@ class KernelTransport(Transport):
 
     def close(self) -> None:
         if hasattr(self, "_memory"):
+            if self._stream is not None:
+                self._stream.synchronize()  # ends: kernels wait for so many polls only
             del self._memory, self._counts, self.link
 
     def stats(self) -> dict[str, int]:

@@ -127,7 +127,7 @@ def one_stays_away(rank: int, operation: str) -> tuple[str, tuple[int, ...], str
         max_tokens_per_rank=4,
         dtype=torch.float32,
         transport="symmetric",
-        timeout_s=4.0,
+        timeout_s=3.0,
     )
     x, ids = torch.ones(2, 4), torch.tensor([[0], [2]])
     out = buffer.dispatch(x, ids)
@@ -219,14 +219,15 @@ def share_one_device(rank: int) -> str:
     """Pretend that every rank has the same GPU, and that torch was not told to allow that."""
     from moecomm.memory import device
 
-    device._identity = lambda *_: ("gpu-0", False, {})
-    try:
-        device._check_peers(Group.resolve(), torch.device("cuda:0"), 30.0)
-    except UnsupportedError as error:
-        return str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_identity", lambda *_: ("gpu-0", False, {}))
+        try:
+            device._check_peers(Group.resolve(), torch.device("cuda:0"), 30.0)
+        except UnsupportedError as error:
+            return str(error)
     return "accepted"
 
 
-def test_sharing_a_device_has_to_be_allowed() -> None:
-    for message in run_ranks(share_one_device, 2):
+def test_sharing_a_device_has_to_be_allowed(pool_of: Callable[[int], RankPool]) -> None:
+    for message in pool_of(2).run(share_one_device):
         assert "rank 0, rank 1 share a device" in message and "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1" in message
