@@ -20,12 +20,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 DEADLINE_S = 240.0
 INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
-# (world size, rounds): cases. The checks of single kernels run the rest of the combinations in one process.
+BOTH, BY_RANK = ("rank", "source"), ("rank",)
+SUMS = ("plain", "masked", "k_equals_e", "odd_hidden", "extreme_values", "no_weights")  # these both ways
+# (world size, rounds, ways to reduce): cases. Interpreting takes a second per case and way.
 RUNS = {
-    (2, 1): tuple(CASES),
-    (2, 6): ("tiny_hidden",),
-    (1, 2): ("masked", "quantised_pair", "odd_align"),
-    (4, 1): ("ragged_tokens", "rank_without_experts", "duplicate_expert"),
+    (2, 1, BOTH): SUMS,
+    (2, 1, BY_RANK): tuple(name for name in CASES if name not in SUMS),
+    (2, 6, BOTH): ("tiny_hidden",),
+    (1, 2, BOTH): ("masked", "quantised_pair", "odd_align"),
+    (4, 1, BOTH): ("ragged_tokens", "rank_without_experts", "duplicate_expert"),
 }
 
 
@@ -39,12 +42,12 @@ def prepare() -> None:
     check_overflow(False)
 
 
-def run_on_rank(rank: int, name: str, rounds: int) -> list[ConformanceResult]:
+def run_on_rank(rank: int, name: str, rounds: int, reduces: tuple[str, ...]) -> list[ConformanceResult]:
     import triton
 
     assert triton.knobs.runtime.interpret
     prepare()
-    return run_conformance(None, "symmetric", [CASES[name]], rounds=rounds, timeout_s=DEADLINE_S)
+    return run_conformance(None, "symmetric", [CASES[name]], rounds=rounds, reduces=reduces, timeout_s=DEADLINE_S)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +61,12 @@ def pool_of() -> Iterator[Callable[[int], RankPool]]:
 
 @pytest.mark.timeout(DEADLINE_S + 30)
 @pytest.mark.parametrize(
-    ("world_size", "rounds", "name"), [(*how, name) for how, names in RUNS.items() for name in names]
+    ("world_size", "rounds", "reduces", "name"), [(*how, name) for how, names in RUNS.items() for name in names]
 )
-def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, rounds: int, name: str) -> None:
-    results_of_ranks = pool_of(world_size).run(run_on_rank, name, rounds)
+def test_named_case(
+    pool_of: Callable[[int], RankPool], world_size: int, rounds: int, reduces: tuple[str, ...], name: str
+) -> None:
+    results_of_ranks = pool_of(world_size).run(run_on_rank, name, rounds, reduces)
     failed = [
         f"rank {result.rank}, layout {result.layout}, reduce {result.reduce}: {result.message}"
         for results in results_of_ranks
@@ -69,7 +74,7 @@ def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, rounds:
         if not result.ok
     ]
     assert not failed, "\n".join(failed)
-    assert [len(results) for results in results_of_ranks] == [4] * world_size
+    assert [len(results) for results in results_of_ranks] == [2 * len(reduces)] * world_size
     assert all(result.num_checks > 0 for results in results_of_ranks for result in results)
 
 
