@@ -14,10 +14,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from moecomm.core import Core
 from moecomm.errors import StaleHandleError
 from moecomm.handle import HANDLE_TENSORS, Dispatched, DispatchHandle
 from moecomm.operations import (
-    Core,
     Homecoming,
     Planned,
     handle_counts,

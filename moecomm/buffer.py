@@ -15,12 +15,13 @@ from torch import Tensor
 
 from moecomm import autograd
 from moecomm.checks import MAX_ALIGN, BufferConfig, Checker, agree, configure
+from moecomm.core import Core
 from moecomm.errors import MoECommError
 from moecomm.fused import FusedOperations
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, Pending
 from moecomm.memory.mail import mail_bytes
-from moecomm.operations import Core, Homecoming, start_combine, start_dispatch, start_replay
+from moecomm.operations import Homecoming, start_combine, start_dispatch, start_replay
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import PlacementTables
 from moecomm.rows import backend as rows_backend

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm.core import Core
 from moecomm.handle import DispatchHandle
-from moecomm.operations import Arrived, Core, Homecoming, Planned, Route
+from moecomm.operations import Arrived, Homecoming, Planned, Route
 from moecomm.plan import Counts, PlacementTables, SendPlan
 from moecomm.transport._symmetric_device import KernelTransport
 from moecomm.transport.base import as_bytes

@@ -11,103 +11,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from time import perf_counter
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moecomm.errors import MoECommError, PeerLostError, StaleHandleError
+from moecomm.core import Core
 from moecomm.handle import DispatchHandle
-from moecomm.plan import Counts, PlacementTables, SendPlan, merge_keys, node_places, plan_send, settle
+from moecomm.plan import Counts, SendPlan, merge_keys, node_places, plan_send, settle
 from moecomm.rows import can_scatter, empty_rows, reduce_rows, scatter_rows, scatter_sums
-from moecomm.transport.base import Exchange, Lane, Merge, Transport, as_bytes
-
-
-class Phase:
-    """Adds the time that a `with` block takes to an entry of a table; a fifth of the cost of a generator."""
-
-    __slots__ = ("_name", "_start", "_total_s")
-
-    def __init__(self, total_s: dict[str, float], name: str) -> None:
-        self._total_s, self._name = total_s, name
-
-    def __enter__(self) -> None:
-        self._start = perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._total_s[self._name] += perf_counter() - self._start
-
-
-@dataclass(eq=False)
-class Core:
-    """What operations work with: who moves rows, who holds which expert, how to reduce; and what was counted."""
-
-    transport: Transport
-    tables: PlacementTables
-    reduce: str
-    dtype: torch.dtype
-    counters: Counter[str] = field(default_factory=Counter)
-    phase_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    started: dict[int, Callable[[], Any]] = field(default_factory=dict)
-    failure: MoECommError | None = None
-    closed: bool = False
-    fused: Any = None  # `fused.FusedOperations` where the transport moves whole operations
-
-    @property
-    def rank(self) -> int:
-        """This rank in its group."""
-        return self.transport.group.rank
-
-    @property
-    def keys_per_pair(self) -> int:
-        """Numbers in `DispatchHandle.recv_keys` for each pair received."""
-        return 2 if self.fused is not None else int(self.merge_nodes is not None)
-
-    @property
-    def merge_nodes(self) -> np.ndarray | None:
-        """(W,) node of each rank if sums are made per node on their way home, else None."""
-        return self.transport.node_of_rank if self.reduce == "rank" else None
-
-    def phase(self, name: str) -> Phase:
-        """Add the time spent to the named phase."""
-        return Phase(self.phase_s, name)
-
-    def stats(self) -> dict[str, float]:
-        """All counters, those of the transport included."""
-        names = ("dispatches", "replays", "combines", "rows_local", "rows_remote", "bytes_local", "bytes_remote")
-        phases = ("plan", "counts", "send", "wait", "arrange")
-        counted = {name: self.counters[name] for name in names}
-        return counted | {f"{name}_s": self.phase_s[name] for name in phases} | self.transport.stats()
-
-    def check_usable(self) -> None:
-        """Refuse to begin anything on a buffer that was closed, or that failed earlier."""
-        if self.closed:
-            raise StaleHandleError("the buffer is closed", remedy="build a new Buffer", rank=self.rank)
-        if self.failure is not None:
-            before = self.failure
-            what = f"this buffer failed earlier and cannot go on: {before.what}"
-            raise type(before)(what, remedy="build a new Buffer", rank=self.rank, peers=before.peers)
-
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Run a part of an operation that peers take part in: if it breaks here, they are told and nothing goes on."""
-        self.check_usable()
-        try:
-            yield
-        except MoECommError as error:
-            self.failure = error
-            raise
-        except BaseException as error:
-            what = f"rank {self.rank} broke off with {type(error).__name__}: {error}"
-            self.failure = PeerLostError(what, rank=self.rank, operation="an operation", peers=[self.rank])
-            self.transport.abort(self.failure)
-            raise
+from moecomm.transport.base import Exchange, Lane, Merge, as_bytes
 
 
 @dataclass(eq=False, slots=True)
