@@ -22,7 +22,8 @@ class DispatchHandle:
 
     A pytree of tensors; it may be stored, moved through a custom op and used any number of times. S: entries sent,
     Q: pairs (token, destination rank) sent, P: pairs received, N: rows received; E counts experts in flat order,
-    sorted by (rank, local id). Where rows are moved by kernels, what leads them home is numbered as `moecomm.fused` says.
+    sorted by (rank, local id). Where rows are moved by kernels, what leads them home is numbered as said in
+    `moecomm.fused`.
 
     topk_idx: (T, K) int32 or int64 global expert ids, -1 for none.
     topk_weights: (T, K) float32, all 1 if dispatch got none.
