@@ -52,12 +52,23 @@ def nobody_watches(*tensors: Tensor | None) -> bool:
     >>> nobody_watches(torch.zeros(1), None), nobody_watches(torch.zeros(1, requires_grad=True))
     (True, False)
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_function_stack() or not can_start(*tensors):
         return False
     grad = torch.is_grad_enabled()
     return all(t is None or (type(t) in _PLAIN and not (grad and t.requires_grad)) for t in tensors)
+
+
+def can_start(*tensors: Tensor | None) -> bool:
+    """Whether an operation may start outside its operator: nothing traces it, and all tensors have their own memory.
+
+    >>> can_start(torch.zeros(1, requires_grad=True), None)
+    True
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return all(t is None or type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -115,7 +126,7 @@ def _unit_weights(planned: Planned, layout: str) -> Tensor:
     assert arrived.table is not None
     if layout == "rank":
         return (arrived.table >= 0).float()
-    weights = torch.ones(arrived.rows.shape[0], device=arrived.rows.device)
+    weights = torch.ones(arrived.rows.shape[0], dtype=torch.float32, device=arrived.rows.device)
     weights[torch.from_numpy(counts.padding_rows()).to(weights.device)] = 0
     return weights
 
@@ -354,10 +365,13 @@ def dispatched(
 ) -> Dispatched:
     """Run (or finish) a dispatch and put its tensors where they belong."""
     args = (x, scales, topk_idx, topk_weights, buffer_id, layout, align, started)
-    run = dispatch_now if nobody_watches(x, topk_weights) else torch.ops.moecomm.dispatch
+    run = dispatch_now if nobody_watches(x, scales, topk_idx, topk_weights) else torch.ops.moecomm.dispatch
     rows, scales_out, weights, offsets, per_expert, *led = run(*args)
     # Copies: the caller may write his next routing into the same memory.
-    kept = torch.ones(topk_idx.shape, device=topk_idx.device) if topk_weights is None else topk_weights.detach().clone()
+    if topk_weights is None:
+        kept = torch.ones(topk_idx.shape, dtype=torch.float32, device=topk_idx.device)
+    else:
+        kept = topk_weights.detach().clone()
     handle = _handle([topk_idx.clone(), kept, *led[:7], weights, *led[7:]], layout, align, buffer_id)
     return _arrange(rows, None if scales is None else scales_out, offsets, per_expert, handle)
 
@@ -367,7 +381,7 @@ def replayed(
 ) -> Dispatched:
     """Run (or finish) a replay; with new weights it gives a handle that has them."""
     args = (x, scales, topk_weights, handle.tensors(), handle.buffer_id, handle.layout, handle.align, started)
-    run = replay_now if nobody_watches(x, topk_weights) else torch.ops.moecomm.replay
+    run = replay_now if nobody_watches(x, scales, topk_weights) else torch.ops.moecomm.replay
     rows, scales_out, weights = run(*args)
     if topk_weights is not None:
         handle = replace(handle, topk_weights=topk_weights.detach().clone(), row_weights=weights)

@@ -268,11 +268,13 @@ class Buffer:
         core = self._core
         core.check_usable()
         payloads = self._check.dispatch(x, topk_idx, topk_weights, layout, align, quant, handle)
+        payloads = tuple(payload.resolve_conj().resolve_neg() for payload in payloads)
         rows, scales = payloads[0], payloads[1] if len(payloads) > 1 else None
         if topk_weights is not None:
-            topk_weights = topk_weights.contiguous()
+            topk_weights = _packed(topk_weights)
+        wait = wait or not autograd.can_start(*payloads, topk_idx, topk_weights)
         if handle is None:
-            topk_idx = topk_idx.contiguous()
+            topk_idx = _packed(topk_idx)
             started = -1 if wait else self._start(start_dispatch, payloads, topk_idx, topk_weights, layout, align)
             return self._pending(
                 started,
@@ -284,7 +286,8 @@ class Buffer:
     def _combine(self, rows: Any, handle: Any, weighted: bool | None, bias: Any, *, wait: bool) -> Pending[Tensor]:
         self._core.check_usable()
         use_weights = self._check.combine(rows, handle, weighted, bias)
-        rows, bias = rows.contiguous(), None if bias is None else bias.contiguous()
+        rows, bias = _packed(rows), None if bias is None else _packed(bias)
+        wait = wait or not autograd.can_start(rows, bias)
         home = Homecoming(rows=rows, weighted=use_weights, bias=bias)
         started = -1 if wait else self._start(start_combine, home, handle)
         return self._pending(started, lambda: autograd.combined(rows, use_weights, bias, handle, started))
@@ -394,6 +397,11 @@ class Buffer:
     def __del__(self) -> None:
         if hasattr(self, "_core"):
             self.close()
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """The tensor as its bytes say it: contiguous, and not to be negated by who reads it."""
+    return tensor.resolve_neg().contiguous()
 
 
 def _memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:

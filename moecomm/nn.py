@@ -248,7 +248,7 @@ class GroupedExperts(nn.Module):
 
         def stack(name: str, rows: int, columns: int) -> nn.Parameter:
             drawn = [_uniform((rows, columns), rows, seed, f"{name}/{expert}") for expert in self.expert_ids]
-            empty = torch.empty(0, rows, columns, device="cpu")
+            empty = torch.empty(0, rows, columns, dtype=torch.float32, device="cpu")
             return nn.Parameter((torch.stack(drawn) if drawn else empty).to(device, dtype))
 
         self.w_in = stack("in", hidden, 2 * intermediate)
@@ -409,7 +409,7 @@ def _uniform(shape: tuple[int, int], fan_in: int, seed: int, name: str) -> Tenso
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     bound = 1 / math.sqrt(fan_in)
-    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def _is_int(value: object) -> bool:

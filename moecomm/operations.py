@@ -295,7 +295,8 @@ def finish_out(core: Core, exchange: Exchange, route: Route, payloads: Sequence[
 
 def like_payload(rows: Tensor, payload: Tensor) -> Tensor:
     """View (N, row_bytes) uint8 as rows of the payload's dtype and shape."""
-    return rows.view(payload.dtype).view(rows.shape[0], *payload.shape[1:])
+    shape = rows.shape[0], *payload.shape[1:]
+    return rows.view(payload.dtype).view(shape) if rows.shape[1] else payload.new_empty(shape)
 
 
 # -- combine -----------------------------------------------------------------------------------------------------
@@ -370,7 +371,7 @@ def finish_home(
             weights = handle.topk_weights if by_entry and home.weighted else None
             reduce_rows(summed, arrived[0].view(home.rows.dtype), table, weights, home.bias)
         if home.carried is not None:
-            carried = torch.zeros(handle.topk_idx.shape, device=home.carried.device)
+            carried = torch.zeros(handle.topk_idx.shape, dtype=torch.float32, device=home.carried.device)
             came = arrived[-1].view(torch.float32)
             if route.slots_S is not None:
                 carried.view(-1)[route.order_S] = came.view(-1)

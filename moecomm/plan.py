@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,13 +105,12 @@ def plan_send(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
         num_tokens * top_k,
         num_tokens * min(top_k, num_ranks),
     )
-    counts, scratch = (
-        np.empty(num_experts + num_ranks, np.int32),
-        torch.empty(num_experts + num_ranks + 2, dtype=torch.int64),
-    )
-    flat_TK, rank_TK = (torch.empty(num_tokens, top_k, dtype=torch.int64) for _ in range(2))
-    pos_TK, pair_pos_TW = (torch.empty(num_tokens, n, dtype=torch.int32) for n in (top_k, num_ranks))
-    order, pair_tokens, pair_ranks = (torch.empty(n, dtype=torch.int64) for n in (entries, most_pairs, most_pairs))
+    longs: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the default device is
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
+    counts, scratch = np.empty(num_experts + num_ranks, np.int32), torch.empty(num_experts + num_ranks + 2, **longs)
+    flat_TK, rank_TK = (torch.empty(num_tokens, top_k, **longs) for _ in range(2))
+    pos_TK, pair_pos_TW = (torch.empty(num_tokens, n, **ints) for n in (top_k, num_ranks))
+    order, pair_tokens, pair_ranks = (torch.empty(n, **longs) for n in (entries, most_pairs, most_pairs))
     given = topk_idx_TK, tables.flat_of_expert, tables.rank_of_flat
     made = (flat_TK, rank_TK, order, pos_TK, pair_tokens, pair_ranks, pair_pos_TW, scratch)
     bad = jit.plan_kernel(8 * topk_idx_TK.element_size())(
@@ -317,7 +317,9 @@ def settle(
     block = np.empty((num_ranks + 1) * num_ranks + counts.mine.stop - counts.mine.start, np.int64)
     totals = block[: (num_ranks + 1) * num_ranks].reshape(-1, num_ranks)  # entries, then rows of every rank
     groups = block[totals.size :].view(np.int32).reshape(2, -1)  # ends of my groups, then their rows without padding
-    slots_S, table_QK = (torch.empty(n, dtype=torch.int32) for n in (len(plan.order_S), num_pairs * top_k))
+    slots_S, table_QK = (
+        torch.empty(n, dtype=torch.int32, device="cpu") for n in (len(plan.order_S), num_pairs * top_k)
+    )
     given = gathered.ctypes.data, num_ranks, tables.placement.num_experts, rank, align, tables.rank_starts_at
     jit.settle_kernel()(*given, block.ctypes.data, slots_S.data_ptr())
     by_entry, values = (plan.pos_TK, slots_S) if by_slot else (plan.flat_TK, tables.local_of_flat)

@@ -110,7 +110,7 @@ def dispatch(
     if layout == "rank" and align != 1:
         raise UnsupportedError('layout "rank" has no groups to align', got=align, expected=1)
     if topk_weights is None:
-        topk_weights = [torch.ones(idx.shape) for idx in topk_idxs]
+        topk_weights = [torch.ones(idx.shape, dtype=torch.float32) for idx in topk_idxs]
     world = _World(
         xs=xs,
         scales=scales,
@@ -186,7 +186,7 @@ def combine(
     for source, num_tokens in enumerate(dispatched[0].tokens_of_rank):
         y_TH = torch.zeros(num_tokens, hidden, dtype=dtype)
         for token in range(num_tokens):
-            total_H = torch.zeros(hidden) if biases is None else biases[source][token].detach().to(torch.float32)
+            total_H = (y_TH if biases is None else biases[source].detach())[token].to(torch.float32)
             of_ranks = terms.get((source, token), {})
             if reduce == "rank":
                 partials = {

@@ -185,8 +185,8 @@ def _by_source(
 ) -> tuple[Tensor, Tensor]:
     """Sort entries by source row: those that read the same one then find it in a cache; targets may lie anywhere."""
     count = src_index.shape[0]
-    starts = torch.zeros(num_src + 1, dtype=torch.int32)
-    src_sorted, out_sorted = torch.full((2, count), -1, dtype=torch.int32)
+    starts = torch.zeros(num_src + 1, dtype=torch.int32, device=src_index.device)
+    src_sorted, out_sorted = torch.full((2, count), -1, dtype=torch.int32, device=src_index.device)
     sort = jit.sort_kernel(_index_bits(src_index), _index_bits(out_index))
     pointers = (t.data_ptr() for t in (starts, src_sorted, out_sorted))
     bad = sort(count, num_out, num_src, src_index.data_ptr(), _address(out_index), *pointers)
@@ -357,7 +357,7 @@ def scale_rows_grad_ref(
         if grad_weights_out is None:
             continue
         product = grad * rows_NH[part].float()
-        total = torch.zeros(grad.shape[0], DOT_LANES, device=grad.device)
+        total = torch.zeros(grad.shape[0], DOT_LANES, dtype=torch.float32, device=grad.device)
         for block in product.split(DOT_LANES, dim=1):
             total[:, : block.shape[1]] += block
         while total.shape[1] > 1:

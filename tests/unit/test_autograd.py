@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import moecomm
@@ -135,3 +136,27 @@ def test_async_twins_are_differentiable(buffer: moecomm.Buffer) -> None:
         grads.append((y.detach(), x.grad, weights.grad))
     for now, then in zip(*grads, strict=True):
         assert now is not None and then is not None and torch.equal(now, then)
+
+
+def test_a_tensor_without_memory_is_refused_and_the_buffer_works_on(buffer: moecomm.Buffer) -> None:
+    """Its operator refuses it; machine code would read whatever lies at address 0."""
+    x, topk_idx, _ = inputs(requires_grad=False)
+    out = buffer.dispatch(x, topk_idx)
+    mode = FakeTensorMode()
+    fake_x, fake_rows = mode.from_tensor(x), mode.from_tensor(out.x)
+    calls: list[Callable[[], object]] = [
+        lambda: buffer.dispatch(fake_x, topk_idx),
+        lambda: buffer.dispatch_async(fake_x, topk_idx).wait(),
+        lambda: buffer.dispatch_async(fake_x, handle=out.handle).wait(),
+        lambda: buffer.combine(fake_rows, out.handle),
+        lambda: buffer.combine_async(fake_rows, out.handle).wait(),
+    ]
+    for call in calls:
+        with pytest.raises(AssertionError, match="FakeTensor"):
+            call()
+    with moecomm.Buffer(num_experts=E, hidden=H, top_k=K, max_tokens_per_rank=8, dtype=torch.float64) as wide:
+        scales = torch.ones(T)
+        with pytest.raises(AssertionError, match="FakeTensor"):
+            wide.dispatch((x, mode.from_tensor(scales)), topk_idx)
+        assert torch.equal(wide.dispatch((x, scales), topk_idx).x[0], out.x)
+    assert torch.equal(buffer.dispatch(x, topk_idx).x, out.x)

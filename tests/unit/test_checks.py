@@ -413,6 +413,66 @@ def test_scales_may_lie_in_columns() -> None:
         assert_bitwise(arrived, scales[EXPERT_ORDER], "scales")
 
 
+def test_scales_may_be_nothing() -> None:
+    with make(dtype=torch.int8) as buffer:
+        x = torch.randint(0, 127, (T, H), dtype=torch.int8)
+        rows, scales = buffer.dispatch((x, torch.empty(T, 0)), TOPK_IDX).x
+        assert_bitwise(rows, x[EXPERT_ORDER], "rows")
+        assert scales.shape == (len(EXPERT_ORDER), 0) and scales.dtype == torch.float32
+
+
+def test_what_is_conjugated_or_negated_later_is_so_now() -> None:
+    z = torch.randn(T, H, dtype=torch.complex64)
+    with make(dtype=torch.complex64) as buffer:
+        rows = buffer.dispatch((z.conj(), torch.empty(T, 0)), TOPK_IDX).x[0]
+        assert_bitwise(rows, z.conj_physical()[EXPERT_ORDER], "conjugated rows")
+    x, weights, bias = torch.randn(T, H), torch.rand(T, K), torch.randn(T, H)
+    negated = torch._neg_view
+    with make() as buffer:
+        for layout in ("expert", "rank"):
+            expected: Any = buffer.dispatch(-x, TOPK_IDX, -weights, layout=layout)
+            out: Any = buffer.dispatch(negated(x), TOPK_IDX, negated(weights), layout=layout)
+            assert_bitwise(out.x, expected.x, "dispatched rows")
+            assert_bitwise(out.handle.row_weights, expected.handle.row_weights, "row weights")
+            y = buffer.combine(-out.x, expected.handle, bias=-bias)
+            assert_bitwise(buffer.combine(negated(out.x), out.handle, bias=negated(bias)), y, "combined rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype, layout: str) -> None:
+    def run() -> list[Tensor]:
+        leaf, leaf_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        plain: Any = buffer.dispatch(x, TOPK_IDX, layout=layout)
+        out: Any = buffer.dispatch(leaf, TOPK_IDX, leaf_weights, layout=layout)
+        y = buffer.combine(out.x, out.handle)
+        (y.sum() + out.handle.row_weights.sum()).backward()
+        results = [plain.handle.row_weights, plain.handle.topk_weights, buffer.combine(plain.x, plain.handle), y]
+        return [*results, *(leaf.grad for leaf in (leaf, leaf_weights))]
+
+    x, weights = torch.randn(T, H), torch.rand(T, K)
+    with make() as buffer:
+        expected = run()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            results = run()
+        finally:
+            torch.set_default_dtype(before)
+    for number, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+        assert_bitwise(result, wanted, f"result {number}")
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_the_default_device_changes_nothing(later: bool) -> None:
+    x = torch.randn(T, H)
+    with make() as buffer, torch.device("meta"):
+        out: Any = buffer.dispatch_async(x, TOPK_IDX).wait() if later else buffer.dispatch(x, TOPK_IDX)
+        y = buffer.combine_async(out.x, out.handle).wait() if later else buffer.combine(out.x, out.handle)
+    assert_bitwise(out.x, x[EXPERT_ORDER], "rows")
+    assert_bitwise(y, x * (TOPK_IDX >= 0).sum(1, keepdim=True) + 0.0, "sums")
+
+
 def test_a_replay_may_say_what_its_handle_says(given: Given) -> None:
     aligned = given.dispatch(align=4)
     assert_bitwise(given.replay(handle=aligned.handle, align=4, layout="expert").x, aligned.x, "aligned replay")
