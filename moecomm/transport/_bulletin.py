@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -115,9 +116,11 @@ class Bulletin:
             with contextlib.suppress(RuntimeError):  # DistError is one
                 answers.append(ask())
 
-        if self._is_silent:
+        if (
+            self._is_silent or sys.is_finalizing()
+        ):  # no thread begins any more, and up to Python 3.11 `start` waits for it
             return otherwise
-        with contextlib.suppress(RuntimeError):  # no threads any more: the interpreter is ending
+        with contextlib.suppress(RuntimeError):  # the interpreter is about to end
             thread = threading.Thread(target=run, name="moecomm bulletin", daemon=True)
             thread.start()
             thread.join(timeout_s)

@@ -61,6 +61,21 @@ def test_nothing_stays_behind_after_an_exception() -> None:
     assert set(caught.value.failures) <= {0, 1}
 
 
+_open_to_the_end: list[moecomm.Buffer] = []
+
+
+def leave_open(rank: int, transport: str) -> None:
+    _open_to_the_end.append(build(transport))
+    _open_to_the_end[0].dispatch(*tokens_of(rank))
+
+
+@pytest.mark.parametrize("transport", ["symmetric", "collective"])
+def test_a_process_ends_with_a_buffer_that_nobody_closed(transport: str) -> None:
+    """A name of a module dies when the interpreter ends, and no thread begins then."""
+    with no_leaks():
+        run_ranks(leave_open, 2, transport)
+
+
 # -- one process -----------------------------------------------------------------------------------------------------
 
 
