@@ -26,9 +26,10 @@ import numpy as np
 from moecomm import errors
 from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
 from moecomm.group import Group
-from moecomm.memory.mail import Kind, Mail
+from moecomm.memory.mail import Kind, Mail, cut_tag
 
 _MESSAGE_BYTES = 64 * 1024
+_REASON_CHARS = 4096
 _HEADER = struct.Struct("<BqiH")  # signal, sequence number, ticket, bytes of the tag
 _POLL_S = 0.2  # no wake-up is known to get lost; if one did, this is what it would cost
 
@@ -116,8 +117,13 @@ class Channel:
 
     def abort(self, error: MoECommError, tag: str = "") -> None:
         """Tell every peer that can be told why this rank gives up, and (tag) what it was doing."""
-        told = {"error": type(error).__name__, "what": error.what, "peers": error.peers, "operation": error.operation}
-        told["remedy"] = error.remedy
+        told = {
+            "error": type(error).__name__,
+            "what": error.what[:_REASON_CHARS],
+            "peers": error.peers,
+            "operation": error.operation,
+        }
+        told["remedy"] = error.remedy and error.remedy[:_REASON_CHARS]
         for peer in self._sockets:
             try:
                 self._send(peer, Signal.ABORT, seq=error.seq or 0, tag=tag, payload=json.dumps(told).encode())
@@ -194,7 +200,7 @@ class Channel:
     def _check_agreement(self, seq: int, tag: str) -> None:
         tags = [tag] * self.group.size
         for peer, told in self._box().tags(seq).items():
-            tags[peer] = told
+            tags[peer] = tag if told == cut_tag(tag) else told
         for peer in self.peers:
             message = self._said[peer].get(Signal.ABORT)
             if message is not None and message.seq == seq and message.tag:

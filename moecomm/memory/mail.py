@@ -66,6 +66,15 @@ def mail_bytes(num_ranks: int, payload_bytes: int) -> int:
     return -(-used // _PAGE_BYTES) * _PAGE_BYTES
 
 
+def cut_tag(tag: str) -> str:
+    """What arrives of a tag: a letter holds `TAG_BYTES` of it.
+
+    >>> len(cut_tag("x" * 1000))
+    192
+    """
+    return tag.encode()[:TAG_BYTES].decode(errors="replace")
+
+
 @final
 class Mail:
     """The letter boxes of this rank and its peers. boxes: rank -> (`mail_bytes`,) uint8, this rank's among them.
