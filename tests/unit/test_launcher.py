@@ -186,7 +186,8 @@ def test_nothing_outlives_the_launcher(stop: signal.Signals, tmp_path: Path) -> 
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        import sys
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
         sys.path.insert(0, sys.argv[1])
         from moecomm.testing import run_ranks
         from tests.unit.test_launcher import start_a_sleeper_and_hang
