@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 4 bench/bench_dispatch_combine.py --tokens 16,1024
     python bench/bench_dispatch_combine.py --tokens 1024            # one rank
 
-What is timed: the whole call as a user makes it, checks, planning and the exchange of counts included, from a barrier
-to the return on the slowest rank. Expert outputs exist already when combine is called. Every round runs each path once,
-and where there are few tokens in bursts without a pause: of dispatches, of combines, and of both in turn. Results are
-checked before. Bytes are counted by `bench.traffic`, from the routing alone.
+What is timed: the whole call as a user makes it, checks, planning and the exchange of counts included, from a common
+start to the return on the slowest rank. Expert outputs exist already when combine is called. Every round runs each path
+once, and where there are few tokens in bursts without a pause: of dispatches, of combines, and of both in turn. Results
+are checked before. Bytes are counted by `bench.traffic`, from the routing alone.
 """
 
 from __future__ import annotations

@@ -161,3 +161,12 @@ class StaleHandleError(MoECommError, RuntimeError):
     ...     print(error)
     rank 0: the buffer is closed: build a new Buffer
     """
+
+
+def rank_names(ranks: Sequence[int]) -> str:
+    """Ranks as a reader wants them named.
+
+    >>> rank_names([2]), rank_names([0, 3])
+    ('rank 2', 'ranks 0, 3')
+    """
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -13,7 +13,6 @@ Legend: T tokens, K top-k, W ranks, M max tokens per rank, P pairs received, N r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from moecomm.core import Core
 from moecomm.handle import DispatchHandle
-from moecomm.operations import Arrived, Homecoming, Planned, Route
+from moecomm.operations import Arrived, Homecoming, Planned, Route, handle_counts, row_bytes_of
 from moecomm.plan import Counts, PlacementTables, SendPlan
 from moecomm.transport._symmetric_device import KernelTransport
 from moecomm.transport.base import as_bytes
@@ -93,7 +92,7 @@ class FusedOperations:
             weights = None
             if topk_weights_TK is None:
                 self._push(payloads, self._sent(handle.pair_pos))
-                rows, scales = self._receive_replayed(payloads, handle, num_rows)
+                rows, scales = self._receive_replayed(core, payloads, handle, num_rows)
             else:
                 self._send_planned(payloads, handle.topk_idx, topk_weights_TK)
                 got = self._receive(payloads, handle.layout, handle.align, num_pairs, num_rows)
@@ -140,7 +139,7 @@ class FusedOperations:
         return receive(self._arriving(_form(payloads)), layout=layout, align=align, **sizes)
 
     def _receive_replayed(
-        self, payloads: Sequence[Tensor], handle: DispatchHandle, num_rows: int
+        self, core: Core, payloads: Sequence[Tensor], handle: DispatchHandle, num_rows: int
     ) -> tuple[Tensor, Tensor | None]:
         from moecomm.kernels.permute import permute
 
@@ -149,7 +148,7 @@ class FusedOperations:
             table = torch.arange(num_rows, dtype=torch.int32, device=self.transport.device)[:, None]
             rows, scales = permute(come, table, num_rows=num_rows)
         else:
-            counts = self._handle_counts(handle)
+            counts = handle_counts(core, handle)
             groups = torch.from_numpy(np.stack([counts.expert_offsets, counts.tokens_per_expert]))
             groups = groups.to(self.transport.device, torch.int32, non_blocking=True)
             rows, scales = permute(come, handle.recv_table, groups, num_rows=num_rows, align=handle.align)
@@ -216,7 +215,7 @@ class FusedOperations:
         table = torch.arange(len(places), dtype=torch.int32, device=places.device)[:, None]
         come = self._arriving(RowFormat(top_k, torch.float32), places)
         lines, _ = permute(come, table, num_rows=len(places))
-        rank_TK = self.tables.rank_of_flat[self.tables.flat_of_expert[handle.topk_idx.long()]]
+        rank_TK = self.tables.rank_of_expert(handle.topk_idx)
         known = rank_TK < transport.group.size
         line_TK = torch.arange(num_tokens, device=places.device)[:, None] * transport.group.size
         k = torch.arange(top_k, device=places.device)
@@ -252,10 +251,6 @@ class FusedOperations:
         pairs[rank], pairs[:, rank] = pairs_sent, come[:, 0]
         return Counts(experts, pairs, self.tables.rank_starts, rank, align)
 
-    def _handle_counts(self, handle: DispatchHandle) -> Counts:
-        expert_counts, pair_counts = handle.expert_counts.numpy(), handle.pair_counts.numpy()
-        return Counts(expert_counts, pair_counts, self.tables.rank_starts, self.transport.group.rank, handle.align)
-
     def _check_unless_busy(self, operation: str) -> None:
         """Look at what kernels noted where that costs nothing; on a GPU the next operation that waits does."""
         if self.transport.device.type == "cpu":
@@ -263,7 +258,7 @@ class FusedOperations:
 
     def _count(self, core: Core, pairs_W: np.ndarray, payloads: Sequence[Tensor]) -> None:
         """Count the pairs that travel, and their bytes; those to itself apart."""
-        row_bytes = sum(payload.element_size() * math.prod(payload.shape[1:]) for payload in payloads)
+        row_bytes = sum(map(row_bytes_of, payloads))
         local, total = int(pairs_W[core.rank]), int(pairs_W.sum())
         core.counters["rows_local"] += local
         core.counters["rows_remote"] += total - local
@@ -276,7 +271,7 @@ def _form(payloads: Sequence[Tensor]) -> Any:
 
     columns = 0
     if len(payloads) > 1:
-        columns = -(-payloads[1].element_size() * math.prod(payloads[1].shape[1:]) // 4)
+        columns = -(-row_bytes_of(payloads[1]) // 4)
     return RowFormat(payloads[0].shape[1], payloads[0].dtype, columns)
 
 
@@ -295,6 +290,5 @@ def _restore(words: Tensor | None, payloads: Sequence[Tensor]) -> Tensor | None:
     kind = payloads[1]
     if words is None:
         raise AssertionError("scales without elements")
-    nbytes = kind.element_size() * math.prod(kind.shape[1:])
-    raw = words.view(torch.uint8)[:, :nbytes].contiguous()
+    raw = words.view(torch.uint8)[:, : row_bytes_of(kind)].contiguous()
     return raw.view(kind.dtype).view(len(words), *kind.shape[1:])

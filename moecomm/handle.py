@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar, final
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -162,8 +161,3 @@ class Pending(Generic[T]):
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]
-
-
-def empty_like_none(value: Tensor | None, device: torch.device) -> Tensor:
-    """An empty tensor in place of None: custom ops return tensors only."""
-    return torch.empty(0, device=device) if value is None else value

@@ -261,7 +261,7 @@ def out_parcels(
 
 def entry_of_pair(core: Core, route: Route, topk_idx_TK: Tensor) -> Tensor:
     """(Q, K) bool: which of the token's choices lie on the pair's rank."""
-    rank_TK = core.tables.rank_of_flat[core.tables.flat_of_expert[topk_idx_TK.long()]]
+    rank_TK = core.tables.rank_of_expert(topk_idx_TK)
     pair_counts = _on(rank_TK.device, route.counts.pair_counts[core.rank])
     pair_ranks_Q = torch.repeat_interleave(torch.arange(len(pair_counts), device=rank_TK.device), pair_counts)
     return rank_TK[route.pair_tokens_Q] == pair_ranks_Q[:, None]

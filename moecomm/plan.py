@@ -8,7 +8,7 @@ Counts are small and live on the host (numpy); per-token tables live on the devi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm._compiled import compiled
 from moecomm.placement import ExpertPlacement
 
 
@@ -44,6 +45,10 @@ class PlacementTables:
         starts = np.cumsum([0] + [len(experts) for experts in held], dtype=np.int64)
         object.__setattr__(self, "rank_starts", starts)
         object.__setattr__(self, "rank_starts_at", int(starts.ctypes.data))
+
+    def rank_of_expert(self, topk_idx: Tensor) -> Tensor:
+        """int64 rank that holds each global expert id, W for -1."""
+        return self.rank_of_flat[self.flat_of_expert[topk_idx.long()]]
 
 
 @dataclass(eq=False)
@@ -75,7 +80,7 @@ def first_bad_entry(topk_idx_TK: Tensor, num_experts: int) -> int | None:
     >>> first_bad_entry(torch.tensor([[0, -1], [2, 1]]), 2)
     2
     """
-    jit = _load_jit() if topk_idx_TK.is_cpu and topk_idx_TK.is_contiguous() else None
+    jit = _jit() if topk_idx_TK.is_cpu and topk_idx_TK.is_contiguous() else None
     if jit is not None:
         check = jit.range_kernel(8 * topk_idx_TK.element_size())
         bad = check(topk_idx_TK.numel(), topk_idx_TK.data_ptr(), num_experts)
@@ -96,21 +101,17 @@ def plan_send(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
     >>> plan.order_S.tolist(), plan.pair_tokens_Q.tolist(), plan.pair_pos_TW.tolist()
     ([1, 2, 3, 0], [0, 1, 0], [[0, 2], [1, -1]])
     """
-    jit = _load_jit() if topk_idx_TK.is_cpu else None
+    jit = _jit() if topk_idx_TK.is_cpu else None
     if jit is None or not topk_idx_TK.is_contiguous():
         return plan_send_ref(topk_idx_TK, tables)
     (num_tokens, top_k), num_ranks = topk_idx_TK.shape, tables.placement.num_ranks
-    num_experts, entries, most_pairs = (
-        tables.placement.num_experts,
-        num_tokens * top_k,
-        num_tokens * min(top_k, num_ranks),
-    )
+    num_experts, most_pairs = tables.placement.num_experts, num_tokens * min(top_k, num_ranks)
     longs: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}  # whatever the default device is
     ints: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
     counts, scratch = np.empty(num_experts + num_ranks, np.int32), torch.empty(num_experts + num_ranks + 2, **longs)
     flat_TK, rank_TK = (torch.empty(num_tokens, top_k, **longs) for _ in range(2))
     pos_TK, pair_pos_TW = (torch.empty(num_tokens, n, **ints) for n in (top_k, num_ranks))
-    order, pair_tokens, pair_ranks = (torch.empty(n, **longs) for n in (entries, most_pairs, most_pairs))
+    order, pair_tokens, pair_ranks = (torch.empty(n, **longs) for n in (num_tokens * top_k, most_pairs, most_pairs))
     given = topk_idx_TK, tables.flat_of_expert, tables.rank_of_flat
     made = (flat_TK, rank_TK, order, pos_TK, pair_tokens, pair_ranks, pair_pos_TW, scratch)
     bad = jit.plan_kernel(8 * topk_idx_TK.element_size())(
@@ -136,13 +137,8 @@ def plan_send(topk_idx_TK: Tensor, tables: PlacementTables) -> SendPlan:
     )
 
 
-@cache
-def _load_jit() -> ModuleType | None:
-    try:
-        from moecomm import _plan_jit
-    except ImportError:
-        return None
-    return _plan_jit
+def _jit() -> ModuleType | None:
+    return compiled("moecomm._plan_jit")
 
 
 def _first(values: Tensor, count: int) -> Tensor:
@@ -307,7 +303,7 @@ def settle(
     ([0, 1, 4], [[4, 0], [1, -1]])
     """
     counts = Counts.of(gathered, tables, rank, align)
-    jit = _load_jit() if plan.pos_TK.is_cpu else None
+    jit = _jit() if plan.pos_TK.is_cpu else None
     if jit is None:
         slots_S = send_slots(plan, counts) if by_slot else None
         values_TK = tables.local_of_flat[plan.flat_TK] if slots_S is None else slots_of_entries(plan, slots_S)

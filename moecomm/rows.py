@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm._compiled import compiled, why_not
+
 FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 DOT_LANES = 512  # partial sums of a row product
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,17 +41,11 @@ def backend() -> str:
     >>> backend().split()[0] in ("llvmlite", "torch")
     True
     """
-    jit, reason = _load_jit()
-    return "llvmlite" if jit is not None else f"torch ({reason})"
+    return "llvmlite" if _jit() is not None else f"torch ({why_not()})"
 
 
-@cache
-def _load_jit() -> tuple[ModuleType | None, str]:
-    try:
-        from moecomm import _rows_jit
-    except ImportError as error:
-        return None, f"llvmlite is not usable: {error}"
-    return _rows_jit, ""
+def _jit() -> ModuleType | None:
+    return compiled("moecomm._rows_jit")
 
 
 def empty_rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -105,7 +101,7 @@ def copy_rows(out: Tensor, src: Tensor, src_index: Tensor, out_index: Tensor | N
     >>> out.tolist()
     [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
     """
-    jit = _load_jit()[0]
+    jit = _jit()
     if jit is None or not (out.is_cpu and src.is_cpu):
         return copy_rows_ref(out, src, src_index, out_index)
     (out_ptr, out_stride), (src_ptr, src_stride) = _rows("out", out), _rows("src", src)
@@ -128,7 +124,7 @@ def can_scatter(num_bytes: int, sums_of: torch.dtype | None = None) -> bool:
     >>> can_scatter(1 << 30)
     False
     """
-    jit = _load_jit()[0]
+    jit = _jit()
     return num_bytes < _STREAM_BYTES and jit is not None and (sums_of is None or jit.supports(FLOATS[sums_of]))
 
 
@@ -155,7 +151,7 @@ def scatter_rows(
     >>> out.tolist()
     [[0.0, 0.0], [3.0, 4.0], [1.0, 2.0]]
     """
-    jit = _load_jit()[0]
+    jit = _jit()
     assert jit is not None, "no compiler: ask can_scatter"
     kernel = jit.scatter_kernel(_index_bits(src_index), _index_bits(slots))
     assert outs.dtype == np.int64 and outs.flags.c_contiguous, f"outputs {outs.shape} {outs.dtype}"
@@ -238,7 +234,7 @@ def reduce_rows(
     >>> out.tolist()
     [[20.5, 41.0], [0.5, 1.0]]
     """
-    jit = _load_jit()[0]
+    jit = _jit()
     if jit is None or not (out.is_cpu and rows.is_cpu and _supported(jit, out, rows, bias)):
         return reduce_rows_ref(out, rows, table_PJ, weights, bias)
     assert out.shape == (len(table_PJ), rows.shape[1]), (
@@ -261,7 +257,7 @@ def _reduction(
     streaming: bool,
 ) -> Callable[[int, int, int, int], int]:
     """The compiled sum with everything but (begin, end, out, out_stride) filled in."""
-    jit = _load_jit()[0]
+    jit = _jit()
     assert jit is not None
     mode, weights_ptr, weights_stride = None, 0, 0
     if weights is not None:
@@ -325,7 +321,7 @@ def scale_rows_grad(
     >>> grad_rows.tolist(), grad_weights.tolist()
     ([[0.5, 1.0]], [11.0])
     """
-    jit = _load_jit()[0]
+    jit = _jit()
     if jit is None or not (grad_NH.is_cpu and rows_NH.is_cpu and _supported(jit, grad_NH, rows_NH, grad_rows_out)):
         return scale_rows_grad_ref(grad_rows_out, grad_weights_out, grad_NH, rows_NH, weights_N)
     count, hidden = grad_NH.shape

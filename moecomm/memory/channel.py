@@ -24,7 +24,7 @@ from typing import Any, NoReturn, final
 import numpy as np
 
 from moecomm import errors
-from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
+from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError, rank_names
 from moecomm.group import Group
 from moecomm.memory.mail import Kind, Mail, cut_tag
 
@@ -120,10 +120,10 @@ class Channel:
         told = {
             "error": type(error).__name__,
             "what": error.what[:_REASON_CHARS],
+            "remedy": error.remedy and error.remedy[:_REASON_CHARS],
             "peers": error.peers,
             "operation": error.operation,
         }
-        told["remedy"] = error.remedy and error.remedy[:_REASON_CHARS]
         for peer in self._sockets:
             try:
                 self._send(peer, Signal.ABORT, seq=error.seq or 0, tag=tag, payload=json.dumps(told).encode())
@@ -160,15 +160,14 @@ class Channel:
 
     def _box(self) -> Mail:
         if self._mail is None:
-            what = f"{_ranks(self.peers)} cannot be reached from a forked process"
+            what = f"{rank_names(self.peers)} cannot be reached from a forked process"
             raise PeerLostError(what, rank=self.group.rank, peers=self.peers)
         return self._mail
 
     def _post(self, kind: Kind, number: int, seq: int, tag: str, ticket: int, counts: np.ndarray | None = None) -> None:
         for peer in self._box().post(kind, number, seq=seq, tag=tag, ticket=ticket, payload=counts):
-            with contextlib.suppress(
-                OSError
-            ):  # it has unread messages, which wake it; or it is gone, which reading tells
+            # It has unread messages, which wake it as well; or it is gone, which reading will tell.
+            with contextlib.suppress(OSError):
                 self._send(peer, Signal.WAKE)
 
     def _wait(self, kind: Kind, number: int, seq: int, tag: str) -> None:
@@ -186,7 +185,7 @@ class Channel:
                     self._raise_lost(lost, seq, tag)
                 waited = time.monotonic() - start
                 if missing and waited >= self.timeout_s:
-                    what = f"gave up after {waited:.1f} s waiting for {_ranks(missing)}"
+                    what = f"gave up after {waited:.1f} s waiting for {rank_names(missing)}"
                     remedy = "look at what those ranks do, or raise timeout_s"
                     self._fail(StallError(what, remedy=remedy, **self._where(seq, tag), peers=missing), tag)
                 if missing:
@@ -215,7 +214,7 @@ class Channel:
                 continue
             told = json.loads(message.payload)
             kind = getattr(errors, told["error"], MoECommError)
-            who = "this rank" if self.group.rank in told["peers"] else _ranks(told["peers"])
+            who = "this rank" if self.group.rank in told["peers"] else rank_names(told["peers"])
             raise kind(
                 f"rank {peer} gave up in {told['operation']} because of {who}: {told['what']}",
                 remedy=told["remedy"],
@@ -227,7 +226,7 @@ class Channel:
         left = [peer for peer in lost if Signal.BYE in self._said[peer]]
         how = "closed its buffer" if len(left) == len(lost) else "is gone (its process ended or closed the connection)"
         remedy = "look for the first error of all ranks; build a new Buffer once all of them live"
-        self._fail(PeerLostError(f"{_ranks(lost)} {how}", remedy=remedy, **self._where(seq, tag), peers=lost), tag)
+        self._fail(PeerLostError(f"{rank_names(lost)} {how}", remedy=remedy, **self._where(seq, tag), peers=lost), tag)
 
     def _fail(self, error: MoECommError, tag: str) -> NoReturn:
         self.abort(error, tag)
@@ -308,7 +307,7 @@ class Channel:
             sock, _ = listener.accept()
         except TimeoutError as error:
             missing = [peer for peer in self.peers if peer > self.group.rank and peer not in self._sockets]
-            where = f"{_ranks(missing)} did not connect within {self.timeout_s:.1f} s"
+            where = f"{rank_names(missing)} did not connect within {self.timeout_s:.1f} s"
             raise StallError(where, rank=self.group.rank, operation="connect", peers=missing) from error
         uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
         if uid == os.getuid():
@@ -351,7 +350,3 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

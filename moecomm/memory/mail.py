@@ -15,17 +15,18 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from functools import cache
-from types import ModuleType
 from typing import final
 
 import numpy as np
 from torch import Tensor
 
+from moecomm._compiled import compiled
+
 PLACES = 4
 TAG_BYTES = 192
 _FLAG_BYTES = 64
-_HEAD_WORDS = 8  # stamp, sequence number, check sum of the tag, ticket, bytes of the tag; the rest is free
+_HEAD_BYTES = 64  # words: stamp, sequence number, check sum of the tag, ticket, bytes of the tag; the rest is free
+_FIXED_BYTES = _HEAD_BYTES + TAG_BYTES  # what comes before the payload
 _LINE_BYTES = 64
 _PAGE_BYTES = 4096
 _TRIES = 1000  # looks before going to sleep: each gives up the core, so it takes 0.3 ms where nobody else wants it
@@ -38,22 +39,13 @@ class Kind(IntEnum):
     DONE = 1  # the sender's rows of an operation are written; ticket: where it wants those of the next one
 
 
-@cache
-def _load_jit() -> ModuleType | None:
-    try:
-        from moecomm.memory import _mail_jit
-    except ImportError:
-        return None
-    return _mail_jit
-
-
 def letter_bytes(payload_bytes: int) -> int:
     """Bytes of one letter, in whole cache lines.
 
     >>> letter_bytes(4)
     320
     """
-    return -(-(8 * _HEAD_WORDS + TAG_BYTES + payload_bytes) // _LINE_BYTES) * _LINE_BYTES
+    return -(-(_FIXED_BYTES + payload_bytes) // _LINE_BYTES) * _LINE_BYTES
 
 
 def mail_bytes(num_ranks: int, payload_bytes: int) -> int:
@@ -91,19 +83,19 @@ class Mail:
     def __init__(self, boxes: Mapping[int, Tensor], rank: int, num_ranks: int, payload_bytes: int) -> None:
         self.rank, self.peers = rank, [peer for peer in boxes if peer != rank]
         self.payload_bytes = payload_bytes
-        self._jit = _load_jit()
+        self._jit = compiled("moecomm.memory._mail_jit")
         self._boxes = dict(boxes)  # keeps the memory
         self._stride = letter_bytes(payload_bytes)
         mine = boxes[rank].numpy()
         shape = len(Kind), PLACES, num_ranks, self._stride
         letters = mine[_FLAG_BYTES : _FLAG_BYTES + math.prod(shape)].reshape(shape)
-        self._heads = letters[..., : 8 * _HEAD_WORDS].view(np.int64)
-        self._tags = letters[..., 8 * _HEAD_WORDS : 8 * _HEAD_WORDS + TAG_BYTES]
-        self._payloads = letters[..., 8 * _HEAD_WORDS + TAG_BYTES :]
+        self._heads = letters[..., :_HEAD_BYTES].view(np.int64)
+        self._tags = letters[..., _HEAD_BYTES:_FIXED_BYTES]
+        self._payloads = letters[..., _FIXED_BYTES:]
         self._flag = mine[:8].view(np.int64)
         self._flag[0] = self._jit is None
         self._draft = np.zeros(self._stride, np.uint8)
-        self._draft_head = self._draft[: 8 * _HEAD_WORDS].view(np.int64)
+        self._draft_head = self._draft[:_HEAD_BYTES].view(np.int64)
         self._draft_tag = ""
         self._asleep = np.zeros(len(boxes), np.int64)
         order = [rank, *self.peers]
@@ -122,10 +114,10 @@ class Mail:
         """Send letter `number` of a kind to all, this rank included; the peers that sleep and must be woken."""
         if tag != self._draft_tag:
             name = tag.encode()[:TAG_BYTES]
-            self._draft[8 * _HEAD_WORDS : 8 * _HEAD_WORDS + len(name)] = np.frombuffer(name, np.uint8)
+            self._draft[_HEAD_BYTES : _HEAD_BYTES + len(name)] = np.frombuffer(name, np.uint8)
             self._draft_tag, self._draft_head[2], self._draft_head[4] = tag, zlib.crc32(name), len(name)
         self._draft_head[1], self._draft_head[3] = seq, ticket
-        size = 8 * _HEAD_WORDS + TAG_BYTES
+        size = _FIXED_BYTES
         if payload is not None:
             data = payload.view(np.uint8)
             self._draft[size : size + len(data)] = data
@@ -139,7 +131,7 @@ class Mail:
                 target[:8].view(np.int64)[0] = number + 1
             return self.peers
         draft, flags, asleep = self._addresses
-        places = self._starts[0] + 8 * len(self._flags) * (kind * PLACES + number % PLACES)
+        places = self._starts[0] + 8 * len(self._flags) * _place(kind, number)
         self._jit.post_kernel()(len(self._flags), places, draft, size, number + 1, flags, asleep)
         return [peer for peer, sleeps in zip(self.peers, self._asleep[1:].tolist(), strict=True) if sleeps]
 
@@ -150,7 +142,7 @@ class Mail:
         """
         if self._jit is None:
             return not self.missing(kind, number)
-        places = self._starts[1] + 8 * len(self.peers) * (kind * PLACES + number % PLACES)
+        places = self._starts[1] + 8 * len(self.peers) * _place(kind, number)
         tries, flag = _TRIES if patient else 0, self._box
         return bool(self._jit.await_kernel()(len(self.peers), places, number + 1, tries, flag))
 
@@ -190,3 +182,7 @@ class Mail:
     def gathered(self, number: int, count: int) -> np.ndarray:
         """(num_ranks, count) int32 payloads of the letters ARRIVE of that number, 0 from who has no box here."""
         return self._payloads[Kind.ARRIVE, number % PLACES, :, : 4 * count].view(np.int32).copy()
+
+
+def _place(kind: Kind, number: int) -> int:
+    return kind * PLACES + number % PLACES

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moecomm.errors import DesyncError
+from moecomm.errors import DesyncError, rank_names
 from moecomm.rows import copy_rows, empty_rows
-from moecomm.transport._mpi_post import names
 from moecomm.transport._staging import StagedRows
 from moecomm.transport.base import Exchange, Lane
 
@@ -116,7 +115,7 @@ class MpiExchange(Exchange):
             return None
         peer = others[0]
         return DesyncError(
-            f"the ranks do not use handles of the same dispatch: {names(others)} sent other rows than expected",
+            f"the ranks do not use handles of the same dispatch: {rank_names(others)} sent other rows than expected",
             got=f"{told[peer].tolist()} rows from rank {peer}",
             expected=expected[:, peer].tolist(),
             remedy="use the handle of the same dispatch on every rank",

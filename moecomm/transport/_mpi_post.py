@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, final
 
-from moecomm.errors import MoECommError, PeerLostError, StallError
+from moecomm.errors import MoECommError, PeerLostError, StallError, rank_names
 from moecomm.group import Group
 
 _HEADER = struct.Struct("<BqiqH")  # kind, buffer, which of its transports, sequence number, length of tag
@@ -358,7 +358,7 @@ def duplicate(group: Group, timeout_s: float) -> Any:
                 group.barrier(timeout_s=_ROLL_CALL_S, operation="roll call")
             except MoECommError as absent:
                 missing = absent.peers
-            what = f"gave up after {waited:.1f} s waiting for {names(missing) if missing else 'MPI_Comm_idup'}"
+            what = f"gave up after {waited:.1f} s waiting for {rank_names(missing) if missing else 'MPI_Comm_idup'}"
             remedy = "look at what those ranks do, or raise timeout_s"
             raise StallError(what, remedy=remedy, rank=group.rank, operation="Buffer()", peers=missing)
         PROGRESS.pump()
@@ -374,15 +374,6 @@ def _machine() -> object:
             return file.read().strip(), os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return None
-
-
-def names(ranks: Sequence[int]) -> str:
-    """The ranks in words.
-
-    >>> names([2]), names([0, 3])
-    ('rank 2', 'ranks 0, 3')
-    """
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
 def mpi_error(error: Exception, **where: Any) -> PeerLostError:

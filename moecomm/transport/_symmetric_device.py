@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moecomm.errors import RoutingError, StallError, UnsupportedError
+from moecomm.errors import RoutingError, StallError, UnsupportedError, rank_names
 from moecomm.group import Group
 from moecomm.memory.device import device_memory_support, share_device_memory
 from moecomm.topology import Topology
@@ -139,9 +139,8 @@ class KernelTransport(Transport):
             return tensor.cpu().numpy()
 
     def _stall(self, what: str, operation: str, late: Sequence[int]) -> StallError:
-        ranks = ("rank " if len(late) == 1 else "ranks ") + ", ".join(map(str, late))
         return StallError(
-            f"{what} {ranks}",
+            f"{what} {rank_names(late)}",
             remedy="look at what those ranks do, or raise timeout_s",
             rank=self.group.rank,
             operation=operation,

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from moecomm import errors
-from moecomm.errors import DesyncError, MoECommError, PeerLostError, StaleHandleError, StallError
+from moecomm.errors import DesyncError, MoECommError, PeerLostError, StaleHandleError, StallError, rank_names
 from moecomm.group import Group
 from moecomm.rows import empty_rows
 from moecomm.topology import Topology
 from moecomm.transport._mpi_exchange import MpiExchange
-from moecomm.transport._mpi_post import PROGRESS, Kind, duplicate, mpi_error, names, pause, post_of
+from moecomm.transport._mpi_post import PROGRESS, Kind, duplicate, mpi_error, pause, post_of
 from moecomm.transport._staging import CopyEngine, Slots, copy_engine, device_awareness
 from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
 
@@ -264,14 +264,14 @@ class MpiTransport(Transport):
             self._fail(mpi_error(error, **where), error)
         for peer, told in self.box.aborts.items():
             self._broken = True
-            who = "this rank" if self.group.rank in told["peers"] else names(told["peers"])
+            who = "this rank" if self.group.rank in told["peers"] else rank_names(told["peers"])
             because = f" because of {who}" if told["peers"] else ""
             what = f"rank {peer} gave up in {told['operation']}{because}: {told['what']}"
             raise getattr(errors, told["error"], MoECommError)(what, **where, peers=told["peers"])
         if gone := [peer for peer, first in self.box.byes.items() if first <= seq]:
-            self._fail(PeerLostError(f"{names(gone)} closed its buffer", **where, peers=gone))
+            self._fail(PeerLostError(f"{rank_names(gone)} closed its buffer", **where, peers=gone))
         if lost:
-            self._fail(PeerLostError(f"{names(lost)} is gone (its process ended)", **where, peers=lost))
+            self._fail(PeerLostError(f"{rank_names(lost)} is gone (its process ended)", **where, peers=lost))
 
     def _check_open(self, tag: str) -> None:
         if self._closed:
@@ -297,7 +297,7 @@ class MpiTransport(Transport):
         """Call the roll. Late are the ranks that say nothing, or that came elsewhere and wait for nobody there."""
         silent = self.post.call_roll(self.box)
         late = [peer for peer in missing if peer in silent or self.box.here.get(peer, -1) < 0] or missing or silent
-        who = f"waiting for {names(late)}" if late else "of transfer: all ranks answer, so the network is too slow"
+        who = f"waiting for {rank_names(late)}" if late else "of transfer: all ranks answer, so the network is too slow"
         remedy = "look at what those ranks do, or raise timeout_s" if late else "raise timeout_s"
         what = f"gave up after {waited_s:.1f} s {who}"
         self._fail(StallError(what, remedy=remedy, **self._where(seq, tag), peers=late))

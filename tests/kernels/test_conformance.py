@@ -15,6 +15,7 @@ from moecomm.group import Group
 from moecomm.memory.device import device_memory_support, moves_by_kernels, unreachable_peers
 from moecomm.testing import CASES, RankPool, run_ranks
 from moecomm.testing.conformance import ConformanceResult, run_conformance
+from tests.conformance.test_conformance import demand
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -67,15 +68,7 @@ def test_named_case(
     pool_of: Callable[[int], RankPool], world_size: int, rounds: int, reduces: tuple[str, ...], name: str
 ) -> None:
     results_of_ranks = pool_of(world_size).run(run_on_rank, name, rounds, reduces)
-    failed = [
-        f"rank {result.rank}, layout {result.layout}, reduce {result.reduce}: {result.message}"
-        for results in results_of_ranks
-        for result in results
-        if not result.ok
-    ]
-    assert not failed, "\n".join(failed)
-    assert [len(results) for results in results_of_ranks] == [2 * len(reduces)] * world_size
-    assert all(result.num_checks > 0 for results in results_of_ranks for result in results)
+    demand(results_of_ranks, world_size, 2 * len(reduces))
 
 
 # -- it is the kernels that run, and waits end ---------------------------------------------------------------------

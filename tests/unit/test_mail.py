@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -21,8 +20,8 @@ RANKS, PAYLOAD_BYTES = 3, 24
 @pytest.fixture(params=["machine code", "python"])
 def post_offices(request: pytest.FixtureRequest) -> Iterator[list[Mail]]:
     """The mail of three ranks, all in this process."""
-    loader = mails._load_jit if request.param == "machine code" else lambda: None
-    with mock.patch.object(mails, "_load_jit", loader):
+    loader = mails.compiled if request.param == "machine code" else lambda module: None
+    with mock.patch.object(mails, "compiled", loader):
         boxes = {rank: torch.zeros(mail_bytes(RANKS, PAYLOAD_BYTES), dtype=torch.uint8) for rank in range(RANKS)}
         yield [Mail(boxes, rank, RANKS, PAYLOAD_BYTES) for rank in range(RANKS)]
 
@@ -92,7 +91,7 @@ def test_missing_are_named(post_offices: list[Mail]) -> None:
 
 def test_who_sleeps_must_be_woken(post_offices: list[Mail]) -> None:
     sleeper, sender, _ = post_offices
-    jit: ModuleType | None = mails._load_jit()
+    jit = post_offices[0]._jit
     asked = sender.post(Kind.DONE, 0, seq=0, tag="a")
     assert list(asked) == ([] if jit else [0, 2]), "without machine code everybody sleeps"
     assert not sleeper.has_all(Kind.DONE, 0, patient=False)
@@ -102,7 +101,7 @@ def test_who_sleeps_must_be_woken(post_offices: list[Mail]) -> None:
 
 
 def test_a_letter_that_comes_while_one_looks_is_seen_at_once(post_offices: list[Mail]) -> None:
-    if mails._load_jit() is None:
+    if post_offices[0]._jit is None:
         pytest.skip("without machine code nobody looks for a while")
     waiting, *others = post_offices
     with mock.patch.object(mails, "_TRIES", 10_000_000):

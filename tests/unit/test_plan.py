@@ -147,7 +147,7 @@ def test_machine_code_and_torch_plan_the_same(world: World, by_slot: bool) -> No
             assert got.dtype == want.dtype and torch.equal(got, want), name
         align = world.counts[rank].align
         settled: tuple[Any, ...] = settle(plan, gathered, world.tables, rank, align, by_slot=by_slot)
-        with mock.patch.object(planning, "_load_jit", lambda: None):
+        with mock.patch.object(planning, "_jit", lambda: None):
             reference: tuple[Any, ...] = settle(plan, gathered, world.tables, rank, align, by_slot=by_slot)
         for got, want in zip(settled[1:], reference[1:], strict=True):
             assert (got is None) == (want is None)
