@@ -6,7 +6,6 @@ import itertools
 import secrets
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar, final
 
@@ -14,49 +13,25 @@ import torch
 from torch import Tensor
 
 from moecomm import autograd
-from moecomm.checks import MAX_ALIGN, BufferConfig, Checker, agree, configure
+from moecomm.checks import BufferConfig, Checker, agree, configure
 from moecomm.core import Core
 from moecomm.errors import MoECommError
+from moecomm.footprint import MemoryPlan, count_bytes, explain, kernel_shape, memory_plan
 from moecomm.fused import FusedOperations
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, Pending
-from moecomm.memory.mail import mail_bytes
 from moecomm.operations import Homecoming, start_combine, start_dispatch, start_replay
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import PlacementTables
-from moecomm.rows import backend as rows_backend
 from moecomm.topology import Topology
 from moecomm.transport import build, select
 from moecomm.transport._symmetric_device import KernelTransport
-from moecomm.transport.base import KernelShape, Support, TransportOptions
+from moecomm.transport.base import TransportOptions
 
 T = TypeVar("T")
 
 _operations = itertools.count()  # numbers of those under way
-_PAGE_BYTES = 4096
 _DEFAULT_TIMEOUT_S = 60.0  # to tell the others of arguments that have none
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """What a buffer allocates on each rank. Pages of host memory are committed when rows first arrive in them.
-
-    segment_bytes: one receive area, for the worst case (every token of every rank comes here).
-    num_segments: how many of them; arrived rows may be kept in all but two.
-    mail_bytes: what its peers write signals and counts to.
-    total_bytes: what is reserved, exactly.
-    uniform_bytes: what one dispatch commits when the routing is uniform.
-
-    >>> MemoryPlan(segment_bytes=4096, num_segments=2, mail_bytes=64, total_bytes=8256, uniform_bytes=9).total_bytes
-    8256
-    """
-
-    segment_bytes: int
-    num_segments: int
-    mail_bytes: int
-    total_bytes: int
-    uniform_bytes: int
 
 
 @final
@@ -131,15 +106,15 @@ class Buffer:
         self.config, buffer_ids = self._agree(given)
         self._topology = Topology.detect(self._group, given=topology, timeout_s=self.config.timeout_s)
         chosen, self._answers = select(self.config.transport, self._group, self._topology, self.config.device)
-        memory = _memory_plan(self.config, self._group.size)
+        memory = memory_plan(self.config, self._group.size)
         options = TransportOptions(
             device=self.config.device,
             timeout_s=self.config.timeout_s,
             segment_bytes=memory.segment_bytes,
-            count_bytes=_count_bytes(self.config, self._group.size),
+            count_bytes=count_bytes(self.config, self._group.size),
             num_segments=num_segments,
             buffer_id=buffer_ids[0],
-            kernels=_kernel_shape(self.config),
+            kernels=kernel_shape(self.config),
         )
         self._core = Core(
             transport=build(chosen, self._group, self._topology, options),
@@ -357,7 +332,7 @@ class Buffer:
             num_segments=num_segments,
             device="cpu",
         )
-        return _memory_plan(config, num_ranks)
+        return memory_plan(config, num_ranks)
 
     def explain(self) -> str:
         """Say which transport was chosen, what each of them answered, and which ranks share a node.
@@ -369,7 +344,7 @@ class Buffer:
         ranks by node: [0]
         rows on cpu: ...
         """
-        return _explain(self.transport, self.config, self._answers, self._topology)
+        return explain(self.transport, self.config, self._answers, self._topology)
 
     def stats(self) -> dict[str, float]:
         """Counters since construction: operations, rows and bytes sent, leases and copies, seconds per phase.
@@ -402,46 +377,3 @@ class Buffer:
 def _packed(tensor: Tensor) -> Tensor:
     """The tensor as its bytes say it: contiguous, and not to be negated by who reads it."""
     return tensor.resolve_neg().contiguous()
-
-
-def _memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
-    """A segment holds the worst dispatch (everything comes here) or the worst combine, whichever is larger."""
-    tokens, top_k = config.max_tokens_per_rank, config.top_k
-    most_local = max(config.placement.experts_per_rank)
-    entry_bytes = config.row_bytes + 4  # the row and its weight
-    entries = num_ranks * tokens * top_k
-    tables = num_ranks * tokens * 2 * 4 * top_k
-    out_bytes = (entries + most_local * (MAX_ALIGN - 1)) * entry_bytes + tables
-    home_entries = tokens * (top_k if config.reduce == "source" else min(top_k, num_ranks))
-    home_bytes = home_entries * config.row_bytes + tokens * top_k * 4 * top_k
-    segment = -(-(max(out_bytes, home_bytes) + _PAGE_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
-    uniform = tokens * top_k * entry_bytes + tables // num_ranks
-    mail = mail_bytes(num_ranks, _count_bytes(config, num_ranks))
-    return MemoryPlan(segment, config.num_segments, mail, segment * config.num_segments + mail, uniform)
-
-
-def _count_bytes(config: BufferConfig, num_ranks: int) -> int:
-    """What a rank tells the others before it sends: its entries per expert and its pairs per rank, int32."""
-    return 4 * (config.placement.num_experts + num_ranks)
-
-
-def _kernel_shape(config: BufferConfig) -> KernelShape:
-    """Rows have what travels behind them at a multiple of 16 bytes; gradients of weights travel as rows of K floats."""
-    room = -(-config.row_bytes // 16) * 16 + 16
-    return KernelShape(
-        top_k=config.top_k,
-        most_local=max(config.placement.experts_per_rank),
-        max_tokens=config.max_tokens_per_rank,
-        row_bytes=max(room, 4 * config.top_k),
-        each=config.reduce == "source",
-    )
-
-
-def _explain(chosen: str, config: BufferConfig, answers: dict[str, Support], topology: Topology) -> str:
-    lines = [f"transport {chosen}: {answers[chosen].reason}"]
-    for name, answer in answers.items():
-        if name != chosen:
-            lines.append(f"  not {name}: {'would work; comes later in the order' if answer.ok else answer.reason}")
-    nodes = " ".join(str(list(topology.ranks_of_node(node))) for node in range(topology.num_nodes))
-    how = rows_backend() if config.device.type == "cpu" else "torch"
-    return "\n".join([*lines, f"ranks by node: {nodes}", f"rows on {config.device}: {how}"])

@@ -1,0 +1,79 @@
+"""What a buffer takes on each rank, and how it explains itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from moecomm.checks import MAX_ALIGN, BufferConfig
+from moecomm.memory.mail import mail_bytes
+from moecomm.rows import backend as rows_backend
+from moecomm.topology import Topology
+from moecomm.transport.base import KernelShape, Support
+
+_PAGE_BYTES = 4096
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a buffer allocates on each rank. Pages of host memory are committed when rows first arrive in them.
+
+    segment_bytes: one receive area, for the worst case (every token of every rank comes here).
+    num_segments: how many of them; arrived rows may be kept in all but two.
+    mail_bytes: what its peers write signals and counts to.
+    total_bytes: what is reserved, exactly.
+    uniform_bytes: what one dispatch commits when the routing is uniform.
+
+    >>> MemoryPlan(segment_bytes=4096, num_segments=2, mail_bytes=64, total_bytes=8256, uniform_bytes=9).total_bytes
+    8256
+    """
+
+    segment_bytes: int
+    num_segments: int
+    mail_bytes: int
+    total_bytes: int
+    uniform_bytes: int
+
+
+def memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
+    """A segment holds the worst dispatch (everything comes here) or the worst combine, whichever is larger."""
+    tokens, top_k = config.max_tokens_per_rank, config.top_k
+    most_local = max(config.placement.experts_per_rank)
+    entry_bytes = config.row_bytes + 4  # the row and its weight
+    entries = num_ranks * tokens * top_k
+    tables = num_ranks * tokens * 2 * 4 * top_k
+    out_bytes = (entries + most_local * (MAX_ALIGN - 1)) * entry_bytes + tables
+    home_entries = tokens * (top_k if config.reduce == "source" else min(top_k, num_ranks))
+    home_bytes = home_entries * config.row_bytes + tokens * top_k * 4 * top_k
+    segment = -(-(max(out_bytes, home_bytes) + _PAGE_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
+    uniform = tokens * top_k * entry_bytes + tables // num_ranks
+    mail = mail_bytes(num_ranks, count_bytes(config, num_ranks))
+    return MemoryPlan(segment, config.num_segments, mail, segment * config.num_segments + mail, uniform)
+
+
+def count_bytes(config: BufferConfig, num_ranks: int) -> int:
+    """What a rank tells the others before it sends: its entries per expert and its pairs per rank, int32."""
+    return 4 * (config.placement.num_experts + num_ranks)
+
+
+def kernel_shape(config: BufferConfig) -> KernelShape:
+    """Rows have what travels behind them at a multiple of 16 bytes; gradients of weights travel as rows of K floats."""
+    room = -(-config.row_bytes // 16) * 16 + 16
+    return KernelShape(
+        top_k=config.top_k,
+        most_local=max(config.placement.experts_per_rank),
+        max_tokens=config.max_tokens_per_rank,
+        row_bytes=max(room, 4 * config.top_k),
+        each=config.reduce == "source",
+    )
+
+
+def explain(chosen: str, config: BufferConfig, answers: dict[str, Support], topology: Topology) -> str:
+    lines = [f"transport {chosen}: {answers[chosen].reason}"]
+    for name, answer in answers.items():
+        if name != chosen:
+            lines.append(f"  not {name}: {'would work; comes later in the order' if answer.ok else answer.reason}")
+    nodes = " ".join(str(list(topology.ranks_of_node(node))) for node in range(topology.num_nodes))
+    how = rows_backend() if config.device.type == "cpu" else "torch"
+    return "\n".join([*lines, f"ranks by node: {nodes}", f"rows on {config.device}: {how}"])
