@@ -2,7 +2,8 @@
 
     amax  = largest |x| of the group, at least 2^-100; a NaN counts as 0
     scale = amax / 448; with power_of_two the next power of two at or above it
-    code  = e4m3 of x * (448 / amax), or x / scale with power_of_two: round to nearest even, subnormals included
+    code  = e4m3 of x * (448 / amax), or x / scale with power_of_two: round to nearest even, subnormals included;
+            at most 448, and 240 with the power of two 2^120, where 256 would decode to an infinity
     x'    = code * scale
 
 All in float32 with every operation rounded to nearest. A NaN becomes the code 0x7f; a group that holds an infinity
@@ -76,9 +77,12 @@ def encode_groups(value, POWER_OF_TWO: tl.constexpr, HARDWARE: tl.constexpr):
         scale = bits.to(tl.float32, bitcast=True)
         inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)
         inverse = tl.where(bits == 0x7F800000, 0.0, inverse)
+        most = tl.where(bits == (247 << 23), 240.0, 448.0)[:, None]
+        value = value * inverse[:, None]
+        value = tl.where(value > most, most, tl.where(value < -most, -most, value))
     else:
-        inverse = tl.div_rn(tl.full(amax.shape, 448.0, tl.float32), amax)
-    return encode_e4m3(value * inverse[:, None], HARDWARE), scale
+        value = value * tl.div_rn(tl.full(amax.shape, 448.0, tl.float32), amax)[:, None]
+    return encode_e4m3(value, HARDWARE), scale
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -148,12 +152,13 @@ def quantize_ref(x: Tensor, *, power_of_two: bool = False, max_programs: int | N
     value = torch.nn.functional.pad(x.float(), (0, groups * int(GROUP) - hidden)).view(num_rows, groups, int(GROUP))
     amax = value.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(2).clamp(min=_SMALLEST)
     largest = torch.full_like(amax, 448.0)  # a tensor: torch divides by and through a number less exactly
-    scales, inverse = amax / largest, largest / amax
+    scales, inverse, most = amax / largest, largest / amax, largest
     if power_of_two:
         bits = (scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000
         scales = bits.view(torch.float32)
         inverse = torch.where(bits == 0x7F800000, 0.0, ((254 << 23) - bits).view(torch.float32))
-    scaled = (value * inverse[..., None]).clamp(-448.0, 448.0)
+        most = torch.where(bits == 247 << 23, 240.0, largest)
+    scaled = (value * inverse[..., None]).clamp(-most[..., None], most[..., None])
     codes = torch.where(scaled.isnan(), torch.nan, scaled).to(torch.float8_e4m3fn)
     return codes.view(num_rows, -1)[:, :hidden].contiguous(), scales
 

@@ -17,6 +17,7 @@ from moecomm.kernels.quant import (
 )
 from torch import Tensor
 
+import moecomm.quant
 from moecomm.testing.asserts import assert_bitwise
 from tests.kernels.checks.worlds import DEVICE
 
@@ -97,13 +98,14 @@ def test_quantize_against_reference(dtype: torch.dtype, hidden: int, power_of_tw
 def test_awkward_groups(power_of_two: bool) -> None:
     """Zeros, subnormal and huge numbers, a NaN among numbers, an infinity: what the reference says."""
     x = torch.zeros(8, 128)
-    x[1, 3], x[2], x[3], x[4] = 1e-42, 1e-38, 3e38, torch.linspace(-1, 1, 128)
+    x[1, 3], x[2], x[3], x[4] = 1e-42, 1e-38, 3.4e38, torch.linspace(-1, 1, 128)
     x[4, 7], x[5, 5], x[5, 6], x[6], x[7] = torch.nan, torch.inf, 1.0, torch.nan, -(2.0**-100)
     codes, scales = quantize(x.to(DEVICE), power_of_two=power_of_two)
     wanted, wanted_scales = quantize_ref(x, power_of_two=power_of_two)
     assert_bitwise(scales.cpu(), wanted_scales, "scales")
     assert_bitwise(codes.cpu().view(torch.uint8), wanted.view(torch.uint8), "codes")
     decoded = dequantize(codes, scales, torch.float32).cpu()
+    assert decoded[3].isfinite().all(), "the largest numbers overflowed"
     assert (decoded[:2] == 0).all() and decoded[4].isnan().sum() == 1 and decoded[5:7].isnan().all()
 
 
@@ -136,3 +138,18 @@ def test_refused() -> None:
         quantize(torch.zeros(2, 8, dtype=torch.int32))
     with pytest.raises(AssertionError, match=r"scales have shape \(2, 1\), expected \(2, 2\)"):
         dequantize(torch.zeros(2, 130).to(torch.float8_e4m3fn), torch.ones(2, 1), torch.float32)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_both_references_say_the_same(power_of_two: bool) -> None:
+    """The kernels import nothing of moecomm, so the format is written down twice."""
+    for hidden in (1, 129, 640):
+        x = groups(6, hidden, torch.float32).cpu()
+        x[4, hidden // 2], x[5, 0] = torch.nan, torch.inf
+        codes, scales = quantize_ref(x, power_of_two=power_of_two)
+        spec = moecomm.quant.QuantSpec(scales="power_of_two" if power_of_two else "float32")
+        wanted, wanted_scales = moecomm.quant.quantize(x, spec)
+        assert_bitwise(scales, wanted_scales, "scales")
+        assert_bitwise(codes.view(torch.uint8), wanted.view(torch.uint8), "codes")
+        decoded = moecomm.quant.dequantize(wanted, wanted_scales, torch.bfloat16)
+        assert_bitwise(dequantize_ref(codes, scales, torch.bfloat16), decoded, "rows")
