@@ -1,7 +1,7 @@
 """A complete mixture-of-experts layer on top of `moecomm.Buffer`: router, dispatch, experts, combine.
 
-Import it as `moecomm.nn`; `import moecomm` alone does not load it. Every weight is drawn from a seed and, for an
-expert, its global id: the same seed gives the same model on any number of ranks.
+Every weight is drawn from a seed and, for an expert, its global id: the same seed gives the same model on any number of
+ranks.
 
 Legend: T tokens of this rank, H hidden, E experts in all, L experts of this rank, K top-k, N rows received, D
 intermediate size of an expert, W ranks.
