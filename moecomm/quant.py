@@ -121,7 +121,7 @@ def quantize(x: Tensor, spec: QuantSpec | str = "fp8") -> tuple[Tensor, Tensor]:
     [[[127, 2, 0]], [[2.0]]]
     """
     spec = QuantSpec.of(spec)
-    value = x.detach().float().reshape(-1, x.shape[-1])
+    value = x.detach().float().flatten(0, -2) if x.ndim > 1 else x.detach().float()[None]
     codes, scales = {"fp8": _to_fp8, "int8": _to_int8, "logfmt10": _to_log}[spec.format](value, spec)
     codes, scales = (t.reshape(*x.shape[:-1], t.shape[1]) for t in (codes, scales))
     return codes, by_columns(scales) if spec.column_major else scales
@@ -144,7 +144,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, hidden: int | 
     >>> dequantize(*quantize(torch.tensor([[1.0, 0.5, 0.0, -1e-3]]), "logfmt10"), torch.float32, 4)[0, :3].tolist()
     [1.0, 0.5, 0.0]
     """
-    flat, scale = codes.reshape(-1, codes.shape[-1]), scales.reshape(-1, scales.shape[-1])
+    flat, scale = (t.flatten(0, -2) if t.ndim > 1 else t[None] for t in (codes, scales))
     if codes.dtype == torch.uint8:
         value = _from_log(flat, scale.contiguous(), codes.shape[-1] // 5 * 4 if hidden is None else hidden)
     elif codes.dtype == torch.int8:
@@ -211,7 +211,7 @@ def _to_fp8(value: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
             scales = (bits >> 23).to(torch.uint8).view(torch.float8_e8m0fnu)
     scaled = (groups * inverse[..., None]).clamp(-most[..., None], most[..., None])
     codes = torch.where(scaled.isnan(), torch.nan, scaled).to(torch.float8_e4m3fn)
-    return codes.view(len(value), -1)[:, : value.shape[1]].contiguous(), scales
+    return codes.flatten(1)[:, : value.shape[1]].contiguous(), scales
 
 
 def _to_int8(value: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -254,19 +254,19 @@ def _to_log(value: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         of_step[mine] = torch.searchsorted(bounds[number], ratio[mine], right=True, out_int32=True)
     codes = of_step | (groups.signbit().to(torch.int32) << 9)
     width = 4 * -(-value.shape[1] // 4)
-    quads = codes.view(len(value), -1)[:, :width].reshape(len(value), -1, 4)
+    quads = codes.flatten(1)[:, :width].unflatten(1, (width // 4, 4))
     high = (quads >> 8) << torch.tensor([0, 2, 4, 6], dtype=torch.int32, device=value.device)
     packed = torch.cat([quads & 255, high.sum(2, keepdim=True, dtype=torch.int32)], 2).to(torch.uint8)
-    return packed.view(len(value), -1), torch.where(finite, word | step, 0x7FC00000)
+    return packed.flatten(1), torch.where(finite, word | step, 0x7FC00000)
 
 
 def _from_log(packed: Tensor, words: Tensor, hidden: int) -> Tensor:
     values, _ = _log_tables()
-    quads = packed.view(len(packed), -1, 5).to(torch.int32)
+    quads = packed.unflatten(1, (packed.shape[1] // 5, 5)).to(torch.int32)
     shift = torch.tensor([0, 2, 4, 6], dtype=torch.int32, device=packed.device)
     high = (quads[..., 4:] >> shift) & 3
-    codes = (quads[..., :4] | ((high & 1) << 8)).view(len(packed), -1)[:, :hidden]
-    negative = (high & 2).bool().view(len(packed), -1)[:, :hidden]
+    codes = (quads[..., :4] | ((high & 1) << 8)).flatten(1)[:, :hidden]
+    negative = (high & 2).bool().flatten(1)[:, :hidden]
     of_element = words.repeat_interleave(GROUP, 1)[:, :hidden]
     step = (of_element & 15).clamp(max=len(STEPS) - 1)
     magnitude = (of_element & -16).view(torch.float32) * values.to(packed.device)[step.long(), codes.long()]
