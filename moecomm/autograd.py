@@ -310,8 +310,9 @@ def _(
 
 
 def _combine_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    rows, row_weights, _, handle, ctx.buffer_id, ctx.layout, ctx.align, _ = inputs
+    rows, row_weights, bias, handle, ctx.buffer_id, ctx.layout, ctx.align, _ = inputs
     ctx.weighted = row_weights is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     # The rows are kept for the gradient of the weights only.
     kept = () if row_weights is None else (row_weights, rows) if row_weights.requires_grad else (row_weights,)
     ctx.save_for_backward(*handle, *kept)
@@ -328,7 +329,8 @@ def _combine_backward(ctx: Any, grad: Tensor) -> Any:
         )[0]
     if ctx.weighted and grad_rows is not None:
         grad_rows, grad_weights = torch.ops.moecomm.scale_grad(grad_rows, *kept, *[None] * (2 - len(kept)))
-    outs = (grad_rows if needs_rows else None, grad_weights if needs_weights else None, grad if needs_bias else None)
+    grad_bias = grad.to(ctx.bias_dtype) if needs_bias else None
+    outs = (grad_rows if needs_rows else None, grad_weights if needs_weights else None, grad_bias)
     return (*outs, [None] * len(HANDLE_TENSORS), None, None, None, None)
 
 

@@ -53,6 +53,7 @@ class Buffer:
         num_segments: receive areas on transport "symmetric"; arrived rows are kept without a copy in all but two.
         device: where the rows live; None: the current accelerator, or the CPU.
         topology: which ranks share a node; None: detected.
+        beside_bytes: room for the second of a pair, beside rows of the buffer's dtype.
 
     Raises:
         ConfigError: an argument is wrong, or ranks were given different ones (which field, which ranks).
@@ -84,6 +85,7 @@ class Buffer:
         num_segments: int = 8,
         device: torch.device | str | None = None,
         topology: Topology | None = None,
+        beside_bytes: int = 0,
     ) -> None:
         self._group = Group.resolve(group)
         self._id = secrets.randbits(62)  # no other process has it, so its handles are nobody's here
@@ -102,6 +104,7 @@ class Buffer:
             num_segments=num_segments,
             device=device,
             topology=topology,
+            beside_bytes=beside_bytes,
         )
         self.config, buffer_ids = self._agree(given)
         self._topology = Topology.detect(self._group, given=topology, timeout_s=self.config.timeout_s)
@@ -210,7 +213,7 @@ class Buffer:
             weighted: multiply each row by its weight. None: yes in layout "expert"; in layout "rank", where a row
                 stands for several experts, rows are always summed as they are. False: for callers who applied
                 `row_weights` themselves.
-            bias: (T, H) in the buffer's dtype, added first.
+            bias: (T, H) in the buffer's dtype or float32, added first.
 
         Returns:
             (T, H) in the buffer's dtype.

@@ -52,11 +52,12 @@ class BufferConfig:
     num_segments: int
     device: torch.device
     topology: Topology | None = None
+    beside_bytes: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "hidden", "top_k", "max_tokens_per_rank", "num_segments"):
+        for name in ("num_experts", "hidden", "top_k", "max_tokens_per_rank", "num_segments", "beside_bytes"):
             value = getattr(self, name)
-            least = 2 if name == "num_segments" else 1
+            least = {"num_segments": 2, "beside_bytes": 0}.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise self._refusal(f"{name} is no count", repr(value), f"an integer of at least {least}")
         if not isinstance(self.dtype, torch.dtype):
@@ -98,9 +99,9 @@ class BufferConfig:
 
     @property
     def row_bytes(self) -> int:
-        """Most bytes of a row: the dtype's, and for one-byte dtypes a float32 scale for every 16 elements beside it."""
+        """Most bytes of a row: the dtype's, for one-byte dtypes a float32 scale per 16 elements, `beside_bytes`."""
         scale_bytes = 4 * -(-self.hidden // 16) if self.dtype.itemsize == 1 else 0
-        return self.hidden * self.dtype.itemsize + scale_bytes
+        return self.hidden * self.dtype.itemsize + scale_bytes + self.beside_bytes
 
     def differences(self, others: Sequence[BufferConfig]) -> str:
         """Which fields differ between ranks, and who has what; empty if none does. Of devices the type counts."""
@@ -278,7 +279,7 @@ class Checker:
                 "a row of the (rows, scales) pair is too long",
                 got=f"{got} bytes",
                 expected=f"at most {self.config.row_bytes}",
-                remedy="build the buffer with a wider dtype",
+                remedy="build the buffer with more beside_bytes",
             )
 
     def routing(self, topk_idx: Any, num_tokens: int) -> None:
@@ -325,7 +326,8 @@ class Checker:
         num_rows = len(handle.row_weights)
         self.tensor("rows", rows, (num_rows, self.config.hidden), (self.config.dtype,))
         if bias is not None:
-            self.tensor("bias", bias, (handle.num_tokens, self.config.hidden), (self.config.dtype,))
+            dtypes = tuple(dict.fromkeys((self.config.dtype, torch.float32)))
+            self.tensor("bias", bias, (handle.num_tokens, self.config.hidden), dtypes)
         if weighted is not None and not isinstance(weighted, bool):
             what, expected = "weighted is no truth value", "True, False or None"
             raise self.error(ConfigError, what, got=repr(weighted), expected=expected, remedy="correct weighted")

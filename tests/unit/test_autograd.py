@@ -69,6 +69,26 @@ def test_gradients_are_those_of_the_formula(buffer: moecomm.Buffer) -> None:
     assert bias.grad is not None and torch.equal(bias.grad, upstream)
 
 
+def test_a_bias_may_be_wider_than_the_rows() -> None:
+    """It is added before the sum is rounded, so two biases summed in float32 cost no rounding of their own."""
+    with moecomm.Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=2) as buffer:
+        out = buffer.dispatch(torch.full((1, 1), 1.0, dtype=torch.bfloat16), torch.tensor([[0]]))
+        bias = torch.tensor([[2.0**-8 + 2.0**-20]], requires_grad=True)  # rounded on its own it would tie to even
+        y = buffer.combine(out.x, out.handle, bias=bias)
+        assert y.item() == 1 + 2.0**-7
+        y.backward(torch.ones_like(y))
+        assert bias.grad is not None and bias.grad.dtype == torch.float32
+
+
+def test_what_lies_beside_a_row_may_be_wider_than_the_row() -> None:
+    x, beside = torch.ones(2, 1), torch.arange(20.0).view(2, 10)
+    options = {"num_experts": 1, "hidden": 1, "top_k": 1, "max_tokens_per_rank": 2, "dtype": torch.float32}
+    with moecomm.Buffer(**options, beside_bytes=40) as buffer:
+        assert torch.equal(buffer.dispatch((x, beside), torch.zeros(2, 1, dtype=torch.int64)).x[1], beside)
+    with moecomm.Buffer(**options) as buffer, pytest.raises(moecomm.CapacityError, match="more beside_bytes"):
+        buffer.dispatch((x, beside), torch.zeros(2, 1, dtype=torch.int64))
+
+
 def test_row_weights_carry_the_gradient_when_the_caller_applies_them(buffer: moecomm.Buffer) -> None:
     grads = []
     for weighted in (True, False):

@@ -229,7 +229,7 @@ REFUSALS = [
         r"a row of the \(rows, scales\) pair is too long",
         "36 bytes",
         "at most 32",
-        ".*wider dtype",
+        ".*more beside_bytes",
     ),
     Refusal(
         "pair with gradient",
