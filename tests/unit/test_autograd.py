@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +82,8 @@ def test_a_bias_may_be_wider_than_the_rows() -> None:
 
 
 def test_what_lies_beside_a_row_may_be_wider_than_the_row() -> None:
-    x, beside = torch.ones(2, 1), torch.arange(20.0).view(2, 10)
-    options = {"num_experts": 1, "hidden": 1, "top_k": 1, "max_tokens_per_rank": 2, "dtype": torch.float32}
+    x, beside = torch.ones(2, 1, dtype=torch.bfloat16), torch.arange(20.0).view(2, 10)
+    options: dict[str, Any] = {"num_experts": 1, "hidden": 1, "top_k": 1, "max_tokens_per_rank": 2}
     with moecomm.Buffer(**options, beside_bytes=40) as buffer:
         assert torch.equal(buffer.dispatch((x, beside), torch.zeros(2, 1, dtype=torch.int64)).x[1], beside)
     with moecomm.Buffer(**options) as buffer, pytest.raises(moecomm.CapacityError, match="more beside_bytes"):
