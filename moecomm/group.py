@@ -228,6 +228,7 @@ class Group:
         mpi_comm: the mpi4py communicator behind it, or None.
         exchange: how bytes travel between the ranks.
         is_duplicate: made by `duplicate`; then `free` ends it.
+        transport: the only transport class that moves rows between these ranks, or None for those of moecomm.
 
     >>> group = Group.resolve()  # torch.distributed is not initialised here: a single rank
     >>> group.rank, group.size, group.all_gather_object({"hidden": 64})
@@ -240,6 +241,7 @@ class Group:
     mpi_comm: Any = None
     exchange: _Exchange = field(repr=False)
     is_duplicate: bool = False
+    transport: Any = None
 
     @classmethod
     def resolve(cls, group: Any = None) -> Group:
@@ -247,12 +249,14 @@ class Group:
 
         Args:
             group: a torch.distributed.ProcessGroup, an mpi4py.MPI.Comm, or None for the default process group, or for a
-                single rank where torch.distributed is not initialised.
+                single rank where torch.distributed is not initialised; a `Group` is given back as it is.
 
         Raises:
             ConfigError: another type, or a group that this process is not in.
             UnsupportedError: a process group without a store.
         """
+        if isinstance(group, Group):
+            return group
         if group is None:
             if not (dist.is_available() and dist.is_initialized()):
                 return cls(rank=0, size=1, exchange=_Alone())

@@ -2,7 +2,7 @@
 
 The sockets hand the memory around, wake who sleeps, and tell of the end: a peer that dies is an end of file, at once.
 Messages are small and keep their boundaries (SOCK_SEQPACKET). Socket names are abstract: they live in no file system
-and vanish with the process. A stranger is refused by user id and key.
+and vanish with the process. A stranger is refused (`handshake.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import select
 import socket
 import struct
@@ -26,6 +25,7 @@ import numpy as np
 from moecomm import errors
 from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError, rank_names
 from moecomm.group import Group
+from moecomm.memory.handshake import connect_error, meet
 from moecomm.memory.mail import Kind, Mail, cut_tag
 
 _MESSAGE_BYTES = 64 * 1024
@@ -273,18 +273,9 @@ class Channel:
     # -- construction --------------------------------------------------------------------------------------------
 
     def _connect(self, memory_fd: int, ticket: int) -> None:
-        """Lower ranks listen, higher ranks connect; then everybody says hello with its memory."""
-        name, key = f"\0moecomm-{secrets.token_hex(16)}", secrets.token_hex(16)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(name)
-            listener.listen(self.group.size)
-            known = self.group.all_gather_object((name, key), timeout_s=self.timeout_s, operation="connect")
-            deadline = time.monotonic() + self.timeout_s
-            for peer in self.peers:
-                if peer < self.group.rank:
-                    self._sockets[peer] = self._dial(peer, known[peer], deadline)
-            while len(self._sockets) < len(self.peers):
-                self._accept(listener, key, deadline)
+        """Everybody says hello with its memory to everybody else."""
+        deadline = time.monotonic() + self.timeout_s
+        self._sockets = meet(self.group, self.peers, self.timeout_s)
         for sock in self._sockets.values():
             socket.send_fds(sock, [_HEADER.pack(Signal.HELLO, 0, ticket, 0)], [memory_fd])
         for peer, sock in self._sockets.items():
@@ -292,50 +283,14 @@ class Channel:
             try:
                 hello, fds, _, _ = socket.recv_fds(sock, _HEADER.size, 1)
             except OSError as error:
-                raise self._connect_error(peer, error) from error
+                raise connect_error(self.group, self.timeout_s, peer, error) from error
             self.descriptors.update((peer, fd) for fd in fds)
             if not fds:
-                raise self._connect_error(peer, ConnectionResetError())
+                raise connect_error(self.group, self.timeout_s, peer, ConnectionResetError())
             self._first_tickets[peer] = _HEADER.unpack(hello)[2]
             sock.setblocking(False)
             self._rank_of_fd[sock.fileno()] = peer
             self._poll.register(sock, select.POLLIN)
-
-    def _accept(self, listener: socket.socket, key: str, deadline: float) -> None:
-        listener.settimeout(max(0.001, deadline - time.monotonic()))
-        try:
-            sock, _ = listener.accept()
-        except TimeoutError as error:
-            missing = [peer for peer in self.peers if peer > self.group.rank and peer not in self._sockets]
-            where = f"{rank_names(missing)} did not connect within {self.timeout_s:.1f} s"
-            raise StallError(where, rank=self.group.rank, operation="connect", peers=missing) from error
-        uid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-        if uid == os.getuid():
-            sock.settimeout(1.0)
-            with contextlib.suppress(OSError, ValueError):
-                told_key, told_rank = sock.recv(256).split(b" ")
-                peer = int(told_rank)
-                if secrets.compare_digest(told_key, key.encode()) and peer in self.peers and peer not in self._sockets:
-                    self._sockets[peer] = sock
-                    return
-        sock.close()  # a stranger: refused, and the job goes on
-
-    def _dial(self, peer: int, address: tuple[str, str], deadline: float) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.settimeout(max(0.001, deadline - time.monotonic()))
-        try:
-            sock.connect(address[0])
-            sock.send(f"{address[1]} {self.group.rank}".encode())
-        except OSError as error:
-            sock.close()
-            raise self._connect_error(peer, error) from error
-        return sock
-
-    def _connect_error(self, peer: int, cause: OSError) -> MoECommError:
-        where: dict[str, Any] = {"rank": self.group.rank, "operation": "connect", "peers": [peer]}
-        if isinstance(cause, (TimeoutError, BlockingIOError)):
-            return StallError(f"rank {peer} did not answer within {self.timeout_s:.1f} s", **where)
-        return PeerLostError(f"rank {peer} is gone (its process ended or closed the connection)", **where)
 
 
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()

@@ -50,6 +50,7 @@ class HostMemory:
         """A new sealed memfd of that size; the caller closes it once everybody has mapped it."""
         fd = os.memfd_create("moecomm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
+            os.fchmod(fd, 0o600)  # a memfd is born open to everybody who finds a way to it
             os.ftruncate(fd, nbytes)
             # Nobody can shrink it under a peer's feet, which would be a SIGBUS there.
             fcntl.fcntl(fd, _ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL)

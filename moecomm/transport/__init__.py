@@ -29,11 +29,12 @@ def select(
     name: str, group: Group, topology: Topology, device: torch.device
 ) -> tuple[type[Transport], dict[str, Support]]:
     """Choose a transport: the named one, or for "auto" the first that works; and what each of them answered."""
-    if name != "auto" and name not in TRANSPORTS:
-        expected = f"auto or one of {tuple(TRANSPORTS)}"
+    known = {group.transport.name: group.transport} if group.transport is not None else TRANSPORTS
+    if name != "auto" and name not in known:
+        expected = f"auto or one of {tuple(known)}"
         remedy = "correct this argument, or MOECOMM_TRANSPORT"
         raise ConfigError("transport is unknown", got=repr(name), expected=expected, remedy=remedy, rank=group.rank)
-    answers = {key: _answer(cls, group, topology, device) for key, cls in TRANSPORTS.items()}
+    answers = {key: _answer(cls, group, topology, device) for key, cls in known.items()}
     chosen = next((key for key, answer in answers.items() if answer.ok), None) if name == "auto" else name
     if chosen is None or not answers[chosen].ok:
         wanted = "no transport works here" if chosen is None else f"transport {chosen!r} does not work here"
@@ -42,7 +43,7 @@ def select(
         usable = [key for key, answer in answers.items() if answer.ok]
         remedy = 'leave transport at "auto"' if usable else "see what each transport needs"
         raise UnsupportedError(wanted, got=got, expected=f"one of {usable}", remedy=remedy, rank=group.rank)
-    return TRANSPORTS[chosen], answers
+    return known[chosen], answers
 
 
 def build(cls: type[Transport], group: Group, topology: Topology, options: TransportOptions) -> Transport:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import socket
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -228,77 +225,6 @@ def test_constructors_that_fail_leave_nothing(nursery: Nursery) -> None:
     for told in results_of(nursery.run(fail_to_build, 2)):
         assert len(told["names"]) == 5
         assert told["more"] == {}
-
-
-# -- strangers -------------------------------------------------------------------------------------------------------
-
-
-def sockets_of(pid: int) -> list[str]:
-    """Names of the abstract sockets on which moecomm listens in that process."""
-    inodes = set()
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}").removeprefix("socket:[").removesuffix("]"))
-        except OSError:
-            continue
-    entries = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    listening = [entry for entry in entries if entry[3] == "00010000" and entry[6] in inodes]
-    return ["\0" + entry[7][1:] for entry in listening if "@moecomm" in entry[-1]]
-
-
-def attack(pid: int) -> list[str]:
-    """Connect to the socket of that process and say everything but the right thing; what became of each try."""
-    while not (names := sockets_of(pid)):
-        time.sleep(0.01)
-    speeches: list[Callable[[socket.socket], Any]] = [
-        lambda sock: sock.send(b"hello"),
-        lambda sock: sock.send(b"0123456789abcdef0123456789abcdef 1"),
-        lambda sock: sock.send("\u00e9\u00e9\u00e9 1".encode()),
-        lambda sock: sock.send(b"\xff\xfe 1"),
-        lambda sock: sock.send(b"a b c d"),
-        lambda sock: sock.send(b"x" * 100_000),
-        lambda sock: sock.close(),
-        lambda sock: sock.fileno(),  # says nothing and stays
-    ]
-    ends = []
-    for speak in speeches:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.settimeout(5.0)
-        sock.connect(names[0])
-        speak(sock)
-        try:
-            ends.append("refused" if not sock.recv(1024) else "answered")
-        except ConnectionResetError:
-            ends.append("refused")
-        except OSError as error:
-            ends.append("closed" if sock.fileno() < 0 else repr(error))
-        sock.close()
-    return ends
-
-
-def meet_strangers(world: World) -> list[str]:
-    """Rank 0 listens for rank 1, which attacks before it comes."""
-    from moecomm.memory.channel import Channel
-
-    dial, ends = Channel._dial, []
-    world.mark("here")
-    (pid,) = world.wait_for("here", 0)
-
-    def attack_first(*args: Any) -> Any:
-        ends.extend(attack(pid))
-        return dial(*args)
-
-    with mock.patch.object(Channel, "_dial", attack_first), build(timeout_s=10.0) as buffer:
-        right_step(buffer, world)
-        assert sockets_of(os.getpid()) == [], "nobody listens any more"
-        right_step(buffer, world, 1)
-        world.meet("done")
-    return ends
-
-
-def test_strangers_are_refused_and_the_job_goes_on(nursery: Nursery) -> None:
-    nobody, ends = results_of(nursery.run(meet_strangers, 2))
-    assert nobody == [] and ends == ["refused"] * 6 + ["closed", "refused"]
 
 
 # -- memory is what was planned --------------------------------------------------------------------------------------
