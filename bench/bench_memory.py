@@ -1,60 +1,60 @@
 """Compare what a buffer maps with `plan_memory`, and watch resident memory over many iterations.
 
-torchrun --nproc-per-node 4 bench/bench_memory.py --iterations 1000 --tokens 256 --hidden 1024
+    torchrun --nproc-per-node 4 bench/bench_memory.py --iterations 1000 --tokens 256 --hidden 1024
+
+It prints sentences, not rows: nothing is timed. The shape has the options of the family.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moecomm
-from bench.case import Case, Ranks, add_shape_arguments, make_case
+from bench.case import Case, make_case
+from bench.options import Setting, make_parser, settings
+from bench.paths import make_buffer
+from bench.ranks import Ranks
 from bench.record import environment
 
 
-def check_memory(args: argparse.Namespace, ranks: Ranks, tokens: int) -> list[str]:
+def check_memory(setting: Setting, ranks: Ranks, iterations: int) -> list[str]:
     """Compare what is mapped with `plan_memory`, then watch resident memory over many iterations; lines to print."""
-    case = make_case(args, tokens, ranks.rank, ranks.world, ranks.device)
-    sizes = {
-        "num_experts": args.experts,
-        "hidden": args.hidden,
-        "top_k": args.top_k,
-        "max_tokens_per_rank": max(tokens, 1),
-        "dtype": args.dtype,
-        "reduce": args.reduce,
-    }
-    plan = moecomm.Buffer.plan_memory(num_ranks=ranks.world, **sizes)
-    lines = [f"W={ranks.world} T={tokens} H={args.hidden} K={args.top_k} E={args.experts} {args.dtype} per rank:"]
-    with moecomm.Buffer(transport=args.transport, **sizes) as buffer:
+    case = make_case(setting, ranks.rank, ranks.world, ranks.device)
+    plan = moecomm.Buffer.plan_memory(
+        num_ranks=ranks.world,
+        num_experts=setting.experts,
+        hidden=setting.hidden,
+        top_k=setting.top_k,
+        max_tokens_per_rank=max(setting.tokens, 1),
+        dtype=setting.dtype,
+        reduce=setting.reduce,
+    )
+    lines = [f"{setting.case_name(ranks.world)}, per rank:"]
+    with make_buffer(setting, ranks, setting.transports[0]) as buffer:
         if buffer.transport == "symmetric":
             mapped = mapped_bytes() // ranks.world  # those of all ranks, which have the same size
             lines.append(
                 f"plan_memory {plan.total_bytes} bytes, mapped {mapped}: {100 * mapped / plan.total_bytes:.2f} %"
             )
-        resident = [step(args, case, buffer) for _ in range(args.iterations)][args.iterations // 10 :]
+        resident = [step(setting, case, buffer) for _ in range(iterations)][iterations // 10 :]
     half = len(resident) // 2
-    mine = (max(resident[:half]), max(resident[half:]))
-    every: list[tuple[int, int]] = [mine] * ranks.world
-    if ranks.world > 1:
-        dist.all_gather_object(every, mine)
+    every = ranks.all_gather((max(resident[:half]), max(resident[half:])))
     growth = ", ".join(f"{(last - first) / 2**20:+.2f}" for first, last in every)
     most = max(last for _, last in every) / 2**20
-    lines.append(f"{args.iterations} iterations of dispatch and combine: at most {most:.1f} MiB resident;")
+    lines.append(f"{iterations} iterations of dispatch and combine: at most {most:.1f} MiB resident;")
     lines.append(f"growth of that maximum between the halves of the last 90 % of them, by rank: {growth} MiB")
     return lines
 
 
-def step(args: argparse.Namespace, case: Case, buffer: moecomm.Buffer) -> int:
+def step(setting: Setting, case: Case, buffer: moecomm.Buffer) -> int:
     """One dispatch and combine; resident bytes with both results still alive."""
-    out = buffer.dispatch(case.x, case.topk_idx, case.topk_weights_TK, layout=args.layout)
+    out = buffer.dispatch(case.x, case.topk_idx, case.topk_weights_TK, layout=setting.layout)
     assert isinstance(out.x, Tensor)
     _ = buffer.combine(out.x, out.handle)
     return resident_bytes()
@@ -73,13 +73,11 @@ def resident_bytes() -> int:
 
 def main() -> None:
     """Run the cases one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shape_arguments(parser)
+    parser = make_parser(__doc__, tokens=[256])
     parser.add_argument("--iterations", type=int, default=1000)
-    parser.add_argument("--out", type=Path, help="also write what is printed to this file")
     args = parser.parse_args()
-    ranks = Ranks()
-    lines = [line for tokens in args.tokens for line in check_memory(args, ranks, tokens)]
+    ranks = Ranks(args.device)
+    lines = [line for setting in settings(args) for line in check_memory(setting, ranks, args.iterations)]
     if ranks.rank == 0:
         print("\n".join(lines))
     if ranks.rank == 0 and args.out:

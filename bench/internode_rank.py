@@ -9,7 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moecomm
 from bench.baseline import baseline_combine, baseline_dispatch
-from bench.case import Case, Ranks, check_combine, check_dispatch, make_case
+from bench.case import Case, check_combine, check_dispatch, make_case
+from bench.options import Setting
+from bench.ranks import Ranks
+from bench.routing import Skew
 from moecomm.nn import group_limited_topk
 
 PATHS = ("hierarchical", "flat", "baseline")
@@ -59,7 +62,7 @@ def limited(case: Case, experts: int, num_nodes: int, max_nodes: int) -> Case:
     for rank, chosen in enumerate(case.topk_idx_of_rank):
         scores = torch.rand(len(chosen), experts, generator=torch.Generator().manual_seed(777 + rank))
         ids.append(group_limited_topk(scores, chosen.shape[1], groups=groups, max_groups=max_nodes)[0])
-    return Case(case.tokens, case.rank, case.x_of_rank, ids, case.topk_weights_TK, case.expert_scale_E)
+    return replace(case, topk_idx_of_rank=ids)
 
 
 class Link:
@@ -219,7 +222,23 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(1)
     ranks = Ranks()
-    case = make_case(args, args.tokens, ranks.rank, ranks.world, ranks.device)
+    setting = Setting(
+        hidden=args.hidden,
+        experts=args.experts,
+        top_k=args.top_k,
+        tokens=args.tokens,
+        skew=Skew.parse("uniform"),
+        transports=("auto",),
+        layout="expert",
+        reduce="rank",
+        dtype=args.dtype,
+        quant=None,
+        repeats=args.repeats,
+        warmup=args.warmup,
+        seed=0,
+        options=args,
+    )
+    case = make_case(setting, ranks.rank, ranks.world, ranks.device)
     if args.max_nodes:
         case = limited(case, args.experts, ranks.world // args.ranks_per_node, args.max_nodes)
     bench = Bench(args, ranks, case)

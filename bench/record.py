@@ -1,4 +1,4 @@
-"""The measurement row of moecomm, and how it is written and read."""
+"""The measurement row of moecomm, and how it is written and read: one type for every benchmark."""
 
 from __future__ import annotations
 
@@ -7,71 +7,104 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import moecomm
 
+SCHEMA = 2
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class ResultsError(ValueError):
+    """A result file that is not one; the message says what to do."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
     """One path, one operation, one case.
 
-    case: name of the case, the same for all paths of it. path: "moecomm", "baseline", "memcpy" or "streamed copy".
-    transport, layout, reduce: options of the buffer and the dispatch. operation: "dispatch", "combine", "both".
-    world: W ranks; tokens: T per rank; hidden: H; top_k: K; experts: E; dtype: of the rows; threads: per rank.
+    benchmark: the script without "bench_". case: name of the case, the same for all its paths. path: whose time it is:
+        "moecomm", "baseline" (torch `all_to_all_single`), "baseline mpi", "memcpy", "streamed copy", ...
+    operation: "dispatch", "combine", "both", or what else the benchmark times.
+    transport, layout, reduce, dtype, quant: options of the buffer and the operation ("" where they mean nothing).
+    preset, hidden, experts, top_k: H, E, K and the model that has them. skew, routing_hash, max_over_mean: the routing.
+    world, nodes, threads: W ranks, on how many nodes, CPU threads of each. tokens: T per rank.
     iterations: rounds that the percentiles stand on.
-    p20_us, p50_us, p80_us: per round the maximum over ranks, then percentiles over rounds.
-    bytes_local, bytes_remote, bytes_deduplicated, bytes_moved: all ranks, see `bench.traffic`.
+    p20_us, p50_us, p80_us, p99_us: per round the maximum over ranks, then percentiles over rounds.
+    bytes_local, bytes_remote: rows that this layout sends, all ranks, to the rank itself and to others.
+    dedup_local_bytes, dedup_remote_bytes: the same with one row per (token, rank), the least any wire can carry.
+    bytes_moved: what memory must read and write, halved. See `bench.traffic`.
     gb_per_s: bytes_moved / p50. percent_of_roof: p50 of "memcpy" of bytes_moved in the same run / p50.
-    speedup: p50 of the baseline in the same run / p50. plan_percent: share of planning in a dispatch.
-    device, versions, commit, date: where and what.
+    ratio: p50 of the baseline in the same run / p50, so that more is better.
+    peak_memory_bytes: the most that one rank had resident (CPU) or allocated (GPU) while this path ran; None: unknown.
+    gate: what was checked before anything was timed; "" for a roof.
+    device, versions, commit, date, command: where, what, and how to do it again.
+    extras: numbers and words that only this benchmark has.
     """
 
+    benchmark: str
     case: str
     path: str
-    transport: str
-    layout: str
-    reduce: str
     operation: str
-    world: int
-    tokens: int
+    transport: str = ""
+    layout: str = ""
+    reduce: str = ""
+    dtype: str = ""
+    quant: str = ""
+    preset: str = "custom"
     hidden: int
-    top_k: int
     experts: int
-    dtype: str
+    top_k: int
+    skew: str = "uniform"
+    routing_hash: str = ""
+    max_over_mean: float | None = None
+    world: int
+    nodes: int = 1
     threads: int
+    tokens: int
     iterations: int
     p20_us: float
     p50_us: float
     p80_us: float
+    p99_us: float | None
     bytes_local: int
     bytes_remote: int
-    bytes_deduplicated: int
+    dedup_local_bytes: int | None
+    dedup_remote_bytes: int
     bytes_moved: int
     gb_per_s: float
-    percent_of_roof: float | None
-    speedup: float | None
-    plan_percent: float | None
+    percent_of_roof: float | None = None
+    ratio: float | None = None
+    peak_memory_bytes: int | None = None
+    gate: str = ""
     device: str
     versions: str
     commit: str
     date: str
+    command: str = ""
+    extras: Mapping[str, float | str | None] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        """What the same measurement has in another run, too."""
+        return self.benchmark, self.case, self.path, self.operation, self.transport
 
 
-def percentiles(times_us: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80.
+def percentiles(times_us: Sequence[float]) -> tuple[float, float, float, float]:
+    """p20, p50, p80 and p99.
 
     >>> percentiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    (2.0, 3.5, 5.0)
+    (2.0, 3.5, 5.0, 5.95)
     """
-    p20, p50, p80 = (float(np.percentile(times_us, p)) for p in (20, 50, 80))
-    return round(p20, 2), round(p50, 2), round(p80, 2)
+    p20, p50, p80, p99 = (round(float(np.percentile(times_us, p)), 2) for p in (20, 50, 80, 99))
+    return p20, p50, p80, p99
 
 
 def environment() -> dict[str, str]:
@@ -96,8 +129,7 @@ def _cpu_model() -> str:
 
 def _commit() -> str:
     """Short hash; "+" behind it if files of the library or the benchmark differ from it."""
-    root = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(root)]
+    git = ["git", "-C", str(_ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(
@@ -109,21 +141,61 @@ def _commit() -> str:
 
 
 def write(rows: Iterable[Measurement], stem: Path) -> list[Path]:
-    """Write `stem`.csv and `stem`.json; rows of the same case that are there already are replaced."""
+    """Write `stem`.csv and `stem`.json; rows of the same benchmark and case that are there already are replaced."""
     rows = list(rows)
     path = stem.with_suffix(".json")
     if path.exists():
-        cases = {row.case for row in rows}
-        rows = [row for row in read([path]) if row.case not in cases] + rows
+        cases = {(row.benchmark, row.case) for row in rows}
+        rows = [row for row in read([path]) if (row.benchmark, row.case) not in cases] + rows
     stem.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    document = {"schema": SCHEMA, "rows": [asdict(row) for row in rows]}
+    _replace(path, json.dumps(document, indent=1) + "\n")
     with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Measurement)], lineterminator="\n")
+        writer = csv.DictWriter(file, [column.name for column in fields(Measurement)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(asdict(row) | {"extras": json.dumps(dict(row.extras))} for row in rows)
     return [path, stem.with_suffix(".csv")]
 
 
+def _replace(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all: who is killed meanwhile leaves what was there."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 def read(paths: Iterable[Path]) -> list[Measurement]:
-    """Read JSON files that `write` wrote."""
-    return [Measurement(**row) for path in paths for row in json.loads(path.read_text())]
+    """Read JSON files that `write` wrote, also before there was a schema number.
+
+    Raises:
+        ResultsError: a file is missing or holds something else.
+    """
+    return [row for path in paths for row in _read_one(path)]
+
+
+def _read_one(path: Path) -> list[Measurement]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path}: cannot be read ({error}); give the .json file that a benchmark wrote") from None
+    try:
+        if isinstance(document, list):
+            return [Measurement(**_from_first_schema(row)) for row in document]
+        if document["schema"] != SCHEMA:
+            raise ResultsError(
+                f"{path}: has schema {document['schema']}, this version reads {SCHEMA}; run the benchmark again"
+            )
+        return [Measurement(**row) for row in document["rows"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ResultsError(
+            f"{path}: holds no rows of a benchmark of moecomm ({error}); give the .json file that --out wrote"
+        ) from None
+
+
+def _from_first_schema(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of before 2026-11-27: other names, no routing hash, no p99, no command."""
+    row = dict(row)
+    plan_percent = row.pop("plan_percent")
+    renamed = {"ratio": row.pop("speedup"), "dedup_remote_bytes": row.pop("bytes_deduplicated")}
+    unknown = {"benchmark": "dispatch_combine", "p99_us": None, "dedup_local_bytes": None}
+    return row | renamed | unknown | {"extras": {"plan_percent": plan_percent} if plan_percent is not None else {}}

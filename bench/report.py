@@ -46,12 +46,12 @@ def table(rows: Sequence[Measurement]) -> str:
             name,
             f"**{_ms(ours.p50_us)}** ({_ms(ours.p20_us)}, {_ms(ours.p80_us)})",
             _ms(base.p50_us) if base else "",
-            f"{ours.speedup:.1f}x" if ours.speedup else "",
+            f"{ours.ratio:.1f}x" if ours.ratio else "",
             _ms(roof.p50_us) if roof else "",
             f"{ours.percent_of_roof:.0f} %" if ours.percent_of_roof else "",
             f"{ours.gb_per_s:.1f}",
             f"{ours.bytes_local / 1e6:.1f}",
-            f"{ours.bytes_remote / 1e6:.1f} ({ours.bytes_deduplicated / 1e6:.1f})",
+            f"{ours.bytes_remote / 1e6:.1f} ({ours.dedup_remote_bytes / 1e6:.1f})",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _footnote(rows)])

@@ -17,12 +17,25 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
 TIMES, MEMORY = "bench_dispatch_combine.py", "bench_memory.py"
+SHAPE = ["--hidden", "7168", "--experts", "64", "--top-k", "8"]
 # (ranks, script, options)
 RUNS: list[tuple[int, str, list[str]]] = [
-    (4, TIMES, ["--tokens", "16", "--repeats", "100", "--warmup", "20", "--out", f"{RESULTS}/dispatch_combine"]),
-    (4, TIMES, ["--tokens", "1024", "--repeats", "20", "--out", f"{RESULTS}/dispatch_combine"]),
-    (2, TIMES, ["--tokens", "16", "--repeats", "100", "--warmup", "20", "--out", f"{RESULTS}/dispatch_combine"]),
-    (2, TIMES, ["--tokens", "4096", "--repeats", "12", "--warmup", "3", "--out", f"{RESULTS}/dispatch_combine"]),
+    (
+        4,
+        TIMES,
+        [*SHAPE, "--tokens", "16", "--repeats", "100", "--warmup", "20", "--out", f"{RESULTS}/dispatch_combine"],
+    ),
+    (4, TIMES, [*SHAPE, "--tokens", "1024", "--repeats", "20", "--out", f"{RESULTS}/dispatch_combine"]),
+    (
+        2,
+        TIMES,
+        [*SHAPE, "--tokens", "16", "--repeats", "100", "--warmup", "20", "--out", f"{RESULTS}/dispatch_combine"],
+    ),
+    (
+        2,
+        TIMES,
+        [*SHAPE, "--tokens", "4096", "--repeats", "12", "--warmup", "3", "--out", f"{RESULTS}/dispatch_combine"],
+    ),
     (
         2,
         TIMES,
@@ -31,6 +44,10 @@ RUNS: list[tuple[int, str, list[str]]] = [
             "256,512,1024,2048,4096,8192",
             "--hidden",
             "2048",
+            "--experts",
+            "64",
+            "--top-k",
+            "8",
             "--repeats",
             "12",
             "--warmup",
@@ -39,7 +56,24 @@ RUNS: list[tuple[int, str, list[str]]] = [
             f"{RESULTS}/scaling",
         ],
     ),
-    (4, MEMORY, ["--tokens", "256", "--hidden", "1024", "--iterations", "1000", "--out", f"{RESULTS}/memory.txt"]),
+    (
+        4,
+        MEMORY,
+        [
+            "--tokens",
+            "256",
+            "--hidden",
+            "1024",
+            "--experts",
+            "64",
+            "--top-k",
+            "8",
+            "--iterations",
+            "1000",
+            "--out",
+            f"{RESULTS}/memory.txt",
+        ],
+    ),
 ]
 
 

@@ -21,13 +21,14 @@ class Traffic:
     local: rows that this rank sends to itself.
     remote: rows that it sends to other ranks: one per (token, expert) in dispatch with layout "expert", one per
         (token, rank) where rows are deduplicated (layout "rank") or summed before they leave (combine, reduce "rank").
-    deduplicated: what `remote` would be with one row per (token, rank), the least that any wire can carry.
+    dedup_local, dedup_remote: the same two with one row per (token, rank), the least that any wire can carry.
     moved: what a memory must read and write, halved: the bytes of a memcpy that reads and writes as much.
     """
 
     local: int
     remote: int
-    deduplicated: int
+    dedup_local: int
+    dedup_remote: int
     moved: int
 
 
@@ -58,9 +59,9 @@ def traffic(
     >>> t = traffic([np.array([[0, 1], [2, -1]]), np.array([[3, 2]])], ExpertPlacement.uniform(4, 2),
     ...             layout="expert", reduce="rank", row_bytes=2)
     >>> t["dispatch"][0]
-    Traffic(local=4, remote=2, deduplicated=2, moved=6)
+    Traffic(local=4, remote=2, dedup_local=2, dedup_remote=2, moved=6)
     >>> t["combine"][1]  # 3 rows in, 2 sums out, 1 sum in, 1 token out
-    Traffic(local=2, remote=2, deduplicated=2, moved=7)
+    Traffic(local=2, remote=2, dedup_local=2, dedup_remote=2, moved=7)
     """
     entries, pairs = count_rows(topk_idx, placement)
     out = entries if layout == "expert" else pairs
@@ -74,7 +75,15 @@ def traffic(
             ("dispatch", out[rank], pairs[rank], int(out[rank].sum()) * row_bytes),
             ("combine", home[rank], pairs[:, rank], rows * row_bytes // 2),
         ):
-            local, total = int(sent[rank]), int(sent.sum())
-            alone = int(least.sum() - least[rank])
-            results[name].append(Traffic(local * row_bytes, (total - local) * row_bytes, alone * row_bytes, moved))
+            here, least_here = int(sent[rank]), int(least[rank])
+            rows_remote, least_remote = int(sent.sum()) - here, int(least.sum()) - least_here
+            results[name].append(
+                Traffic(
+                    local=here * row_bytes,
+                    remote=rows_remote * row_bytes,
+                    dedup_local=least_here * row_bytes,
+                    dedup_remote=least_remote * row_bytes,
+                    moved=moved,
+                )
+            )
     return results

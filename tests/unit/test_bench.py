@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from bench.traffic import traffic
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", ["baseline", "record", "report", "roof", "traffic"])
+@pytest.mark.parametrize("name", ["baseline", "memory", "presets", "record", "report", "roof", "routing", "traffic"])
 def test_examples(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"bench.{name}"))
     assert not found.failed
@@ -53,13 +52,13 @@ def test_bytes_of_two_ranks() -> None:
     placement = moecomm.ExpertPlacement.uniform(4, 2)
     bytes_of = traffic(ids, placement, layout="expert", reduce="rank", row_bytes=10)
     out, home = bytes_of["dispatch"], bytes_of["combine"]
-    assert (out[0].local, out[0].remote, out[0].deduplicated, out[0].moved) == (30, 40, 30, 70)
+    assert (out[0].local, out[0].remote, out[0].dedup_remote, out[0].moved) == (30, 40, 30, 70)
     assert (out[1].local, out[1].remote, out[1].moved) == (0, 0, 0)
     # Rank 1 reads 4 rows and sends 3 sums; rank 0 reads 3 and writes 2, then reads 5 sums and writes 4 tokens.
     assert (home[1].local, home[1].remote, home[1].moved) == (0, 30, 35)
     assert (home[0].local, home[0].remote, home[0].moved) == (20, 0, 70)
     unsummed = traffic(ids, placement, layout="expert", reduce="source", row_bytes=10)["combine"]
-    assert (unsummed[1].remote, unsummed[1].deduplicated, unsummed[1].moved) == (40, 30, 40)
+    assert (unsummed[1].remote, unsummed[1].dedup_remote, unsummed[1].moved) == (40, 30, 40)
 
 
 def test_baseline_gives_what_moecomm_gives() -> None:
@@ -79,8 +78,9 @@ def test_baseline_gives_what_moecomm_gives() -> None:
 
 def a_row(**changes: object) -> Measurement:
     """A measurement with plausible numbers."""
-    p20, p50, p80 = percentiles([100.0, 200.0, 300.0])
+    p20, p50, p80, p99 = percentiles([100.0, 200.0, 300.0])
     row = Measurement(
+        benchmark="dispatch_combine",
         case="a",
         path="moecomm",
         transport="symmetric",
@@ -98,14 +98,14 @@ def a_row(**changes: object) -> Measurement:
         p20_us=p20,
         p50_us=p50,
         p80_us=p80,
+        p99_us=p99,
         bytes_local=1_000_000,
         bytes_remote=1_000_000,
-        bytes_deduplicated=1_000_000,
+        dedup_local_bytes=1_000_000,
+        dedup_remote_bytes=1_000_000,
         bytes_moved=1_000_000,
         gb_per_s=5.0,
         percent_of_roof=80.0,
-        speedup=None,
-        plan_percent=None,
         device="a machine",
         versions="torch 2",
         commit="abc",
@@ -122,7 +122,7 @@ def test_results_are_replaced_case_by_case(tmp_path: Path) -> None:
 
 
 def test_table_holds_ours_beside_the_others() -> None:
-    text = table([a_row(speedup=20.0), a_row(path="baseline", p50_us=4000.0), a_row(path="memcpy", p50_us=160.0)])
+    text = table([a_row(ratio=20.0), a_row(path="baseline", p50_us=4000.0), a_row(path="memcpy", p50_us=160.0)])
     assert "| 2 | 16 | dispatch | **0.20** (0.14, 0.26) | 4.00 | 20.0x | 0.16 | 80 % | 5.0 | 1.0 | 1.0 (1.0) |" in text
 
 
@@ -131,18 +131,28 @@ def test_insert_wants_both_markers() -> None:
         insert("<!-- bench:end -->\n<!-- bench:begin -->\n", "new", Path("x.md"))
 
 
-@pytest.mark.parametrize("options", [[], ["--layout", "rank"], ["--reduce", "source", "--transport", "collective"]])
+@pytest.mark.parametrize("options", [["--layout", "rank"], ["--reduce", "source", "--transport", "auto,collective"]])
 def test_two_ranks_run_the_benchmark(options: list[str], tmp_path: Path) -> None:
     out = tmp_path / "small"
     small = ["--tokens", "0,9", "--hidden", "32", "--experts", "6", "--top-k", "2", "--repeats", "2", "--warmup", "1"]
     run("bench_dispatch_combine.py", *small, *options, "--out", str(out))
     rows = read([out.with_suffix(".json")])
-    paths = {"moecomm", "memcpy", "streamed copy"} | (set() if "rank" in options else {"baseline"})
-    assert {(row.path, row.operation) for row in rows} == {
-        (p, o) for p in paths for o in ("dispatch", "combine", "both")
+    paths = {("moecomm", "symmetric"), ("memcpy", ""), ("streamed copy", "")}
+    paths |= set() if "rank" in options else {("baseline", ""), ("moecomm", "collective")}
+    assert {(row.path, row.transport, row.operation) for row in rows} == {
+        (*p, o) for p in paths for o in ("dispatch", "combine", "both")
     }
-    assert {row.tokens for row in rows} == {0, 9} and all(row.p20_us <= row.p50_us <= row.p80_us for row in rows)
-    assert json.loads(out.with_suffix(".json").read_text())[0]["world"] == 2
+    assert {row.tokens for row in rows} == {0, 9}
+    for row in rows:
+        assert row.p20_us <= row.p50_us <= row.p80_us <= (row.p99_us or 0.0) and row.world == 2
+        assert row.percent_of_roof and (row.ratio or "rank" in options)
+        assert row.command.startswith("torchrun --standalone --nproc-per-node 2 bench/bench_dispatch_combine.py --tok")
+        assert "--out" not in row.command and len(row.routing_hash) == 12
+        assert (
+            row.path != "moecomm"
+            or (row.gate and row.peak_memory_bytes and "plan_us" in row.extras)
+            or (row.operation != "dispatch")
+        )
 
 
 def test_two_ranks_run_the_memory_check() -> None:

@@ -1,0 +1,144 @@
+"""The options that every benchmark has, and the settings that they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.presets import PRESETS, preset_of
+from bench.routing import Skew
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What one case of a benchmark is: one number of tokens and one skew, on every transport that was asked for.
+
+    hidden, experts, top_k: H, E, K. tokens: T per rank. transports: names as `Buffer` takes them. dtype: of the rows.
+    quant: None or what `dispatch(quant=)` takes. repeats, warmup: rounds. seed: of routing and rows.
+    options: the whole command line, for what only one benchmark has.
+    """
+
+    hidden: int
+    experts: int
+    top_k: int
+    tokens: int
+    skew: Skew
+    transports: tuple[str, ...]
+    layout: str
+    reduce: str
+    dtype: torch.dtype
+    quant: str | None
+    repeats: int
+    warmup: int
+    seed: int
+    options: argparse.Namespace
+
+    @property
+    def preset(self) -> str:
+        """The model of this shape, or "custom"."""
+        return preset_of(self.hidden, self.experts, self.top_k)
+
+    @property
+    def dtype_name(self) -> str:
+        """As in `bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the dtype of the buffer."""
+        return self.hidden * self.dtype.itemsize
+
+    def case_name(self, world: int) -> str:
+        """The name under which every run finds this case; a transport is no part of it."""
+        shape = f"W={world} T={self.tokens} H={self.hidden} K={self.top_k} E={self.experts} {self.dtype_name}"
+        skew = "" if self.skew.kind == "uniform" else f" {self.skew}"
+        quant = f" {self.quant}" if self.quant else ""
+        return f"{shape} {self.layout} {self.reduce}{quant}{skew}"
+
+
+def make_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the options of the family; a benchmark adds its own, and gives other defaults by name."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    shape = parser.add_argument_group("shape")
+    shape.add_argument("--preset", choices=PRESETS, default="tiny", help="H, E and K of a model (default: %(default)s)")
+    shape.add_argument("--hidden", type=_positive, help="H instead of that of the preset")
+    shape.add_argument("--experts", type=_positive, help="E instead of that of the preset")
+    shape.add_argument("--top-k", type=_positive, help="K instead of that of the preset")
+    shape.add_argument("--tokens", type=_counts, default=[1, 16, 128, 1024], help="T per rank, a comma list")
+    shape.add_argument(
+        "--skew", type=_skews, default=[Skew("uniform", 0.0)], help="uniform, zipf:S, hot:P, ratio:R; a comma list"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--transport", type=_names, default=["auto"], help="a comma list (default: auto)")
+    how.add_argument("--layout", choices=("expert", "rank", "padded"), default="expert")
+    how.add_argument("--reduce", choices=("rank", "source"), default="rank")
+    how.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the rows (default: %(default)s)")
+    how.add_argument("--quant", default="none", help="format on the wire: none, or what dispatch(quant=) takes")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run = parser.add_argument_group("run")
+    run.add_argument("--repeats", type=_positive, default=20, help="timed rounds (default: %(default)s)")
+    run.add_argument("--warmup", type=_count, default=5, help="rounds before them (default: %(default)s)")
+    run.add_argument("--seed", type=_count, default=0, help="of routing and rows (default: %(default)s)")
+    run.add_argument("--out", type=Path, help="write OUT.csv and OUT.json (cases that are there are replaced)")
+    run.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def settings(args: argparse.Namespace) -> Iterator[Setting]:
+    """One setting per number of tokens and skew, the numbers of tokens first."""
+    preset = PRESETS[args.preset]
+    for skew in args.skew:
+        for tokens in args.tokens:
+            yield Setting(
+                hidden=args.hidden or preset.hidden,
+                experts=args.experts or preset.experts,
+                top_k=args.top_k or preset.top_k,
+                tokens=tokens,
+                skew=skew,
+                transports=tuple(args.transport),
+                layout=args.layout,
+                reduce=args.reduce,
+                dtype=DTYPES[args.dtype],
+                quant=None if args.quant == "none" else args.quant,
+                repeats=args.repeats,
+                warmup=args.warmup,
+                seed=args.seed,
+                options=args,
+            )
+
+
+def _names(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of different names with commas between them")
+    return names
+
+
+def _skews(text: str) -> list[Skew]:
+    return [Skew.parse(part) for part in text.split(",")]
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if (number := _count(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not at least 1")
+    return number

@@ -1,0 +1,175 @@
+"""What every benchmark shares: routings, options, records, and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.bench_dispatch_combine import needed_bytes, parser, run_case
+from bench.harness import Benchmark, main
+from bench.options import Setting, make_parser, settings
+from bench.presets import PRESETS
+from bench.ranks import Ranks
+from bench.record import Measurement, ResultsError, read
+from bench.routing import Skew, make_routing, max_over_mean, routing_hash
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+RunHere = Callable[[Callable[[Setting, Ranks], list[Measurement]], list[str]], tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunHere:
+    """Run the benchmark in this process: exit status, standard output, standard error."""
+    monkeypatch.setattr("bench.harness.os._exit", sys.exit)
+    monkeypatch.setattr("bench.harness.signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("bench.ranks.torch.set_num_threads", lambda number: None)
+
+    def run(case: Callable[[Setting, Ranks], list[Measurement]], options: list[str]) -> tuple[int, str, str]:
+        benchmark = Benchmark(name="dispatch_combine", run_case=case, needed_bytes=needed_bytes)
+        try:
+            code = main(benchmark, parser(), options)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("skew", "expected"),
+    [
+        ("uniform", "fd81ebaf7533"),
+        ("zipf:1.2", "aae5d433aa1e"),
+        ("hot:0.5", "589bb53b7ce5"),
+        ("ratio:4", "c65ca7e1d450"),
+    ],
+)
+def test_routings_are_the_same_everywhere(skew: str, expected: str) -> None:
+    ids = make_routing(Skew.parse(skew), tokens=100, experts=16, top_k=3, world=2, seed=5)
+    assert routing_hash(ids) == expected
+    for chosen in np.concatenate(ids):
+        assert len(set(chosen.tolist())) == 3
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 5.0, 16.0 / 3.0])
+def test_an_exact_ratio_is_exact(ratio: float) -> None:
+    ids = make_routing(Skew("ratio", ratio), tokens=48, experts=16, top_k=3, world=2)
+    assert max_over_mean(ids, 16) == pytest.approx(ratio, rel=1e-12)
+    loads = np.sort(np.bincount(np.concatenate(ids).ravel(), minlength=16))
+    assert loads[-2] - loads[0] <= 1, loads
+
+
+def test_skews_skew() -> None:
+    loads = [
+        max_over_mean(make_routing(Skew.parse(text), tokens=500, experts=16, top_k=2, world=2), 16)
+        for text in ("ratio:1", "uniform", "zipf:0.5", "zipf:1.5", "hot:0.9", "hot")
+    ]
+    assert loads == sorted(loads) and loads[-1] == 8.0
+
+
+@pytest.mark.parametrize("text", ["", "zip", "uniform:1", "zipf:-1", "hot:1.5", "ratio:0.5", "ratio:x", "ratio:inf"])
+def test_a_wrong_skew_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no skew: give uniform, zipf"):
+        Skew.parse(text)
+
+
+def test_an_impossible_ratio_says_what_is_possible() -> None:
+    with pytest.raises(ValueError, match=r"with 8 experts and top-2 the ratio is at most 4"):
+        make_routing(Skew("ratio", 5.0), tokens=16, experts=8, top_k=2, world=1)
+
+
+def test_presets_are_those_of_the_models() -> None:
+    shapes = {name: (p.hidden, p.experts, p.top_k) for name, p in PRESETS.items() if name != "tiny"}
+    assert shapes == {
+        "deepseek-v3": (7168, 256, 8),
+        "qwen3-235b": (4096, 128, 8),
+        "mixtral-8x7b": (4096, 8, 2),
+        "gpt-oss-120b": (2880, 128, 4),
+        "kimi-k2": (7168, 384, 8),
+    }
+
+
+def test_settings_are_every_skew_and_number_of_tokens() -> None:
+    args = make_parser("").parse_args(["--preset", "mixtral-8x7b", "--tokens", "1,16", "--skew", "uniform,hot:0.5"])
+    made = list(settings(args))
+    assert [(s.tokens, str(s.skew)) for s in made] == [(t, k) for k in ("uniform", "hot:0.5") for t in (1, 16)]
+    assert made[0].preset == "mixtral-8x7b" and made[0].row_bytes == 8192 and made[0].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["dispatch_combine", "scaling"])
+def test_committed_results_load(name: str) -> None:
+    rows = read([ROOT / f"bench/results/{name}.json"])
+    assert rows and {row.benchmark for row in rows} == {"dispatch_combine"} and any(row.ratio for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("not json", "cannot be read"),
+        ('{"schema": 9, "rows": []}', "has schema 9, this version reads 2; run the benchmark again"),
+        ('{"other": 1}', "holds no rows of a benchmark"),
+        ('[{"a": 1}]', "holds no rows of a benchmark"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(ResultsError, match=says):
+        read([path])
+
+
+def test_the_memory_needed_is_computed() -> None:
+    args = make_parser("").parse_args(["--preset", "deepseek-v3", "--tokens", "4096"])
+    (setting,) = settings(args)
+    rows = 4096 * 8 * 7168 * 2  # what arrives, on average
+    assert 8 * rows < needed_bytes(setting, 4) < 16 * rows
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--preset", "gpt-5"], 2, "invalid choice: 'gpt-5'"),
+        (["--tokens", "1,x"], 2, "'x' is no whole number"),
+        (["--skew", "ratio:9"], 1, "the ratio is at most 4$"),
+        (["--transport", "pigeon"], 1, "pigeon"),
+        (["--tokens", "100000000", "--hidden", "7168"], 1, "needs about .* GB on one machine, .* fewer --tokens"),
+    ],
+)
+def test_wrong_options_are_refused_in_a_sentence(options: list[str], code: int, says: str, run_here: RunHere) -> None:
+    got, _, err = run_here(run_case, options)
+    assert got == code, err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("bench_dispatch_combine.py: error: ") and re.search(says, line), err
+    assert "Traceback" not in err
+
+
+def test_the_rows_of_finished_cases_are_kept(tmp_path: Path, run_here: RunHere) -> None:
+    out = tmp_path / "kept"
+
+    def fails_later(setting: Setting, ranks: Ranks) -> list[Measurement]:
+        if setting.tokens == 8:
+            raise AssertionError("a wrong row")
+        return run_case(setting, ranks)
+
+    options = ["--tokens", "4,8", "--repeats", "1", "--warmup", "0", "--out", str(out)]
+    code, _, err = run_here(fails_later, options)
+    assert code == 1
+    assert "rank 0: AssertionError: a wrong row. The rows of 1 finished case are in" in err
+    assert {row["tokens"] for row in json.loads(out.with_suffix(".json").read_text())["rows"]} == {4}
+
+
+def test_rows_come_as_json(run_here: RunHere) -> None:
+    code, out, _ = run_here(run_case, ["--tokens", "4", "--repeats", "1", "--warmup", "0", "--json"])
+    assert code == 0
+    rows = [Measurement(**row) for row in json.loads(out)]
+    assert {row.path for row in rows} == {"moecomm", "baseline", "memcpy", "streamed copy"}
