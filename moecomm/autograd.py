@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from moecomm._operator import operator
 from moecomm.core import Core
 from moecomm.errors import StaleHandleError
 from moecomm.handle import HANDLE_TENSORS, Dispatched, DispatchHandle
@@ -131,10 +132,10 @@ def _unit_weights(planned: Planned, layout: str) -> Tensor:
     return weights
 
 
-dispatch = torch.library.custom_op("moecomm::dispatch", dispatch_now, mutates_args=())
+operator(dispatch_now)
 
 
-@dispatch.register_fake
+@torch.library.register_fake("moecomm::dispatch")
 def _(
     x: Any, scales: Any, topk_idx: Any, topk_weights: Any, buffer_id: Any, layout: Any, align: Any, started: Any
 ) -> Any:
@@ -186,7 +187,7 @@ def _dispatch_backward(ctx: Any, *grads: Any) -> Any:
     return (*outs, None, None, None, None)
 
 
-dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
+torch.library.register_autograd("moecomm::dispatch", _dispatch_backward, setup_context=_dispatch_setup)
 
 
 def replay_now(
@@ -208,10 +209,10 @@ def replay_now(
     return arrived.rows, empty if arrived.scales is None else arrived.scales, weights
 
 
-replay = torch.library.custom_op("moecomm::replay", replay_now, mutates_args=())
+operator(replay_now)
 
 
-@replay.register_fake
+@torch.library.register_fake("moecomm::replay")
 def _(
     x: Any, scales: Any, topk_weights: Any, handle: Any, buffer_id: Any, layout: Any, align: Any, started: Any
 ) -> Any:
@@ -243,10 +244,10 @@ def _replay_backward(ctx: Any, *grads: Any) -> Any:
     return (*outs, [None] * len(HANDLE_TENSORS), None, None, None, None)
 
 
-replay.register_autograd(_replay_backward, setup_context=_replay_setup)
+torch.library.register_autograd("moecomm::replay", _replay_backward, setup_context=_replay_setup)
 
 
-@torch.library.custom_op("moecomm::collect", mutates_args=())
+@operator
 def collect(
     grad_rows: Tensor | None,
     grad_weights: Tensor | None,
@@ -269,7 +270,7 @@ def collect(
     )
 
 
-@collect.register_fake
+@torch.library.register_fake("moecomm::collect")
 def _(grad_rows: Any, grad_weights: Any, handle: Any, buffer_id: Any, layout: Any, align: Any) -> Any:
     topk_idx = handle[HANDLE_TENSORS.index("topk_idx")]
     dtype = core_of(buffer_id).dtype
@@ -284,7 +285,7 @@ def _(grad_rows: Any, grad_weights: Any, handle: Any, buffer_id: Any, layout: An
 # -- combine -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("moecomm::combine", mutates_args=())
+@operator
 def combine(
     rows: Tensor,
     row_weights: Tensor | None,
@@ -302,7 +303,7 @@ def combine(
     return _run(core, started, lambda: start_combine(core, home, planned))[0]
 
 
-@combine.register_fake
+@torch.library.register_fake("moecomm::combine")
 def _(
     rows: Any, row_weights: Any, bias: Any, handle: Any, buffer_id: Any, layout: Any, align: Any, started: Any
 ) -> Any:
@@ -334,10 +335,10 @@ def _combine_backward(ctx: Any, grad: Tensor) -> Any:
     return (*outs, [None] * len(HANDLE_TENSORS), None, None, None, None)
 
 
-combine.register_autograd(_combine_backward, setup_context=_combine_setup)
+torch.library.register_autograd("moecomm::combine", _combine_backward, setup_context=_combine_setup)
 
 
-@torch.library.custom_op("moecomm::scale_grad", mutates_args=())
+@operator
 def scale_grad(grad: Tensor, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of `weights[:, None] * rows`; without rows that of the weights is empty."""
     grad_rows = empty_rows(len(grad), grad.shape[1], grad.dtype, grad.device)
@@ -347,7 +348,7 @@ def scale_grad(grad: Tensor, weights: Tensor, rows: Tensor | None) -> tuple[Tens
     return grad_rows, grad_weights
 
 
-@scale_grad.register_fake
+@torch.library.register_fake("moecomm::scale_grad")
 def _(grad: Any, weights: Any, rows: Any) -> Any:
     return torch.empty_like(grad), weights.new_empty(0) if rows is None else torch.empty_like(weights)
 

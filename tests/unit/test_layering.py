@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("2", ("_plan_jit", "plan", "handle", "reference")),
     ("K", ("kernels",)),
     ("3", ("memory", "transport")),
-    ("4", ("checks", "footprint", "core", "operations", "fused", "autograd", "buffer")),
+    ("4", ("_operator", "checks", "footprint", "core", "operations", "fused", "autograd", "buffer")),
     ("5", ("nn", "diagnostics", "testing", "deep_ep", "integrations")),
     ("6", ("cli", "__main__")),
 )
