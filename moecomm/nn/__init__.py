@@ -3,6 +3,11 @@
 Import it as `moecomm.nn`; `import moecomm` alone does not load it.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moecomm.nn.exchange import ExpertExchange
 from moecomm.nn.layer import (
     GroupedExperts,
     MoELayer,
@@ -13,7 +18,12 @@ from moecomm.nn.layer import (
     topk_routing,
 )
 
+if TYPE_CHECKING:
+    from moecomm.nn.parallel import ExpertParallel
+
 __all__ = [
+    "ExpertExchange",
+    "ExpertParallel",
     "GroupedExperts",
     "MoELayer",
     "Routing",
@@ -22,3 +32,12 @@ __all__ = [
     "load_balancing_loss",
     "topk_routing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `ExpertParallel` when it is asked for: importing torch.distributed.tensor takes longer than moecomm."""
+    if name != "ExpertParallel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from moecomm.nn.parallel import ExpertParallel
+
+    return ExpertParallel
