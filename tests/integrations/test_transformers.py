@@ -1,0 +1,130 @@
+"""Hugging Face models spread by `expert_parallel` and through `register`: the same model as before, and refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moecomm.integrations.transformers import expert_parallel
+from moecomm.testing import RankPool
+from tests.integrations._models import (
+    FAMILIES,
+    RANKS,
+    averaged,
+    build,
+    difference,
+    forward_backward,
+    local_part,
+    rows_of,
+    tokens,
+    worst_gradient,
+)
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(
+        not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")),
+        reason="transformers and accelerate are not installed (pip install 'moecomm[hf]')",
+    ),
+]
+BOUND = 1e-5
+NEW_TOKENS = 5
+
+
+def exchange_of(model: Any) -> Any:
+    return next(m.sharding.exchange for m in model.modules() if hasattr(m, "sharding"))
+
+
+# -- expert_parallel: five families and one more ---------------------------------------------------------------------
+
+
+def spread(rank: int, family: str) -> dict[str, Any]:
+    """One family: everything that must be equal, measured on one rank."""
+    reference, model = build(family), build(family)
+    assert expert_parallel(model, timeout_s=60) is model
+    ids, mine = tokens(), tokens()[rows_of(rank)]
+    logits, grads = forward_backward(reference, ids)
+    got_logits, got_grads = forward_backward(model, mine)
+    results: dict[str, Any] = {
+        "logits of a batch per rank": difference(got_logits, logits[rows_of(rank)], logits),
+        "gradients of a batch per rank": worst_gradient(averaged(got_grads), grads, rank),
+    }
+    got_logits, got_grads = forward_backward(model, ids)
+    results["logits of the same batch"] = difference(got_logits, logits)
+    results["gradients of the same batch"] = worst_gradient(got_grads, grads, rank)
+    expected = reference.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    generated = model.generate(mine, max_new_tokens=NEW_TOKENS, do_sample=False)
+    results["generates the same"] = torch.equal(generated, expected[rows_of(rank)])
+    results["memory"] = memory(model) / memory(reference), fair_share(reference, rank)
+    results["one buffer for all layers"] = len({b.config.max_tokens_per_rank for b in exchange_of(model).buffers})
+    state = model.state_dict()
+    results["state"] = sorted(state) == sorted(reference.state_dict()) and all(
+        torch.equal(state[name], value) for name, value in reference.state_dict().items()
+    )
+    return results | reloaded(rank, family, state, ids, logits) | bitwise(rank, family, ids)
+
+
+def memory(model: torch.nn.Module) -> int:
+    return sum(p.untyped_storage().nbytes() for name, p in model.named_parameters() if ".experts." in name)
+
+
+def fair_share(model: torch.nn.Module, rank: int) -> float:
+    """1 / W where W divides E, else this rank's part of E."""
+    name, weights = next((n, p) for n, p in model.named_parameters() if ".experts." in n)
+    return len(local_part(name, weights, rank)) / len(weights)
+
+
+def reloaded(rank: int, family: str, state: Any, ids: Any, logits: Any) -> dict[str, Any]:
+    """What was saved with EP = 4, unsharded and with EP = 2."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    alone, two = build(family), build(family)
+    for model in (alone, two):
+        for parameter in model.parameters():
+            parameter.data.zero_()
+    alone.load_state_dict(state)
+    expert_parallel(two, pairs[rank // 2])
+    two.load_state_dict(state)
+    with torch.no_grad():
+        return {
+            "loaded unsharded": difference(alone(ids).logits, logits),
+            "loaded with EP = 2": difference(two(ids).logits, logits),
+        }
+
+
+def bitwise(rank: int, family: str, ids: Any) -> dict[str, Any]:
+    """EP = 4 against EP = 1 with reduce="source" and experts whose rows do not depend on each other."""
+    alone = [dist.new_group([other]) for other in range(RANKS)][rank]
+    models = [expert_parallel(build(family), group, reduce="source") for group in (alone, None)]
+    shared = expert_parallel(build(family), reduce="source", replicated=True)
+    with torch.no_grad():
+        one, four, share = (model(ids).logits for model in (*models, shared))
+    rows = [sum(b.stats()["rows_remote"] + b.stats()["rows_local"] for b in exchange_of(m).buffers) for m in models]
+    share_rows = sum(b.stats()["rows_remote"] + b.stats()["rows_local"] for b in exchange_of(shared).buffers)
+    _, grads = forward_backward(build(family), ids)
+    _, got_grads = forward_backward(shared, ids)
+    return {
+        "bitwise": torch.equal(one, four),
+        "shares of one batch": difference(share, one),
+        "gradients of shares": worst_gradient(got_grads, grads, rank),
+        "rows": (rows[0], rows[1], share_rows),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_the_model_it_was(ranks: RankPool, family: str) -> None:
+    results = ranks.run(spread, family)
+    for rank, result in enumerate(results):
+        for name, value in result.items():
+            if "logits" in name or name.startswith(("loaded", "shares")):
+                assert value <= BOUND, (rank, name, value)
+            elif name.startswith("gradients"):
+                assert value[0] <= BOUND, (rank, name, value)
+        assert result["generates the same"] and result["state"] and result["bitwise"], (rank, result)
+        held, fair = result["memory"]
+        assert held == pytest.approx(fair, rel=0.02), (rank, held)
+    _, everywhere, shares = (sum(result["rows"][i] for result in results) for i in range(3))
+    assert shares * RANKS == everywhere, "each rank sends its share of the batch only"
