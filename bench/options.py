@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.presets import PRESETS, preset_of
+from moecomm.presets import PRESETS, preset_of
 from bench.routing import Skew
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -53,3 +53,32 @@ def interprets_kernels() -> bool:
 def allows_shared_devices() -> bool:
     """Whether torch lets several ranks have symmetric memory on one device; meant for tests."""
     return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "0") == "1"
+
+
+def launched() -> tuple[str, int, int, int, int]:
+    """Who started this process ("torchrun", "mpiexec" or ""), its rank and W, and both on its own node.
+
+    Only torchrun says the numbers; after mpiexec MPI knows them, and they are 0 and 1 here.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank, local_size = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", str(size))
+        return "torchrun", rank, size, int(local_rank), int(local_size)
+    by_mpi = {"PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys()
+    return ("mpiexec" if by_mpi else ""), 0, 1, 0, 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or alone, by what the launcher says; known before anybody is joined."""
+    names = ("RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def values() -> dict[str, tuple[str, str, bool]]:
+    """Name of every variable of moecomm -> its value, its meaning, and whether it was set."""
+    return {name: (_read(name), meaning, name in os.environ) for name, (_, meaning) in VARIABLES.items()}
+
+
+def threads() -> str:
+    """OMP_NUM_THREADS, or nothing."""
+    return os.environ.get("OMP_NUM_THREADS", "")

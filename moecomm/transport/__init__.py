@@ -46,6 +46,11 @@ def select(
     return known[chosen], answers
 
 
+def ask(group: Group, topology: Topology, device: torch.device) -> dict[str, Support]:
+    """What each transport answers, in the order of "auto"."""
+    return {key: _answer(cls, group, topology, device) for key, cls in TRANSPORTS.items()}
+
+
 def build(cls: type[Transport], group: Group, topology: Topology, options: TransportOptions) -> Transport:
     """Make a transport that was selected; collective."""
     if cls is SymmetricTransport and moves_by_kernels(options.device):

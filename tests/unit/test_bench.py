@@ -23,7 +23,7 @@ from bench.traffic import traffic
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", ["baseline", "memory", "presets", "record", "report", "roof", "routing", "traffic"])
+@pytest.mark.parametrize("name", ["baseline", "memory", "record", "report", "roof", "routing", "traffic"])
 def test_examples(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"bench.{name}"))
     assert not found.failed

@@ -16,7 +16,7 @@ import torch
 from bench.bench_dispatch_combine import needed_bytes, parser, run_case
 from bench.harness import Benchmark, main
 from bench.options import Setting, make_parser, settings
-from bench.presets import PRESETS
+from moecomm.presets import PRESETS
 from bench.ranks import Ranks
 from bench.record import Measurement, ResultsError, read
 from bench.routing import Skew, make_routing, max_over_mean, routing_hash

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # (layer, names below `moecomm.`), lowest first; order inside a layer counts too.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("_version", "errors", "_env")),
-    ("1", ("group", "topology", "placement", "quant", "_compiled", "_jit", "_rows_jit", "rows")),
+    ("1", ("presets", "group", "launch", "topology", "placement", "quant", "_compiled", "_jit", "_rows_jit", "rows")),
     ("2", ("_plan_jit", "plan", "handle", "reference")),
     ("K", ("kernels",)),
     ("3", ("memory", "transport")),

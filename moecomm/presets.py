@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 
+@final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
     """The mixture-of-experts layer of a model.
