@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from moecomm.presets import PRESETS, preset_of
 from bench.routing import Skew
+from moecomm.presets import PRESETS, preset_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

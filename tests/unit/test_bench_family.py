@@ -16,10 +16,10 @@ import torch
 from bench.bench_dispatch_combine import needed_bytes, parser, run_case
 from bench.harness import Benchmark, main
 from bench.options import Setting, make_parser, settings
-from moecomm.presets import PRESETS
 from bench.ranks import Ranks
 from bench.record import Measurement, ResultsError, read
 from bench.routing import Skew, make_routing, max_over_mean, routing_hash
+from moecomm.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
