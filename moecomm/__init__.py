@@ -5,6 +5,7 @@ from moecomm.buffer import Buffer, MemoryPlan
 from moecomm.errors import (
     CapacityError,
     ConfigError,
+    CorruptionError,
     DesyncError,
     MoECommError,
     PeerLostError,
@@ -21,6 +22,7 @@ __all__ = [
     "Buffer",
     "CapacityError",
     "ConfigError",
+    "CorruptionError",
     "DesyncError",
     "DispatchHandle",
     "Dispatched",

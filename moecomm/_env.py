@@ -10,6 +10,7 @@ from moecomm.errors import ConfigError
 VARIABLES = {
     "MOECOMM_TIMEOUT_S": ("60", "deadline of every wait in seconds, where the constructor gives none"),
     "MOECOMM_TRANSPORT": ("auto", "transport, where the constructor leaves it at auto"),
+    "MOECOMM_CHECK": ("off", "check of arriving rows (off, cheap, full), where the constructor gives none"),
     "MOECOMM_RANKS_PER_NODE": ("", "pretend that every so many consecutive ranks form one node (tests)"),
 }
 
@@ -33,6 +34,11 @@ def timeout_s() -> float:
 def transport() -> str:
     """Transport name that replaces "auto"."""
     return _read("MOECOMM_TRANSPORT")
+
+
+def check() -> str:
+    """How arriving rows are checked."""
+    return _read("MOECOMM_CHECK")
 
 
 def ranks_per_node() -> int | None:

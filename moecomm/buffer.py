@@ -12,7 +12,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
-from moecomm import autograd
+from moecomm import autograd, integrity
 from moecomm.checks import BufferConfig, Checker, agree, configure
 from moecomm.core import Core
 from moecomm.errors import MoECommError
@@ -54,6 +54,8 @@ class Buffer:
         device: where the rows live; None: the current accelerator, or the CPU.
         topology: which ranks share a node; None: detected.
         beside_bytes: room for the second of a pair, beside rows of the buffer's dtype.
+        check: "off", "cheap" (a tag of every row is compared on arrival) or "full" (and a check sum of all its bytes);
+            None: MOECOMM_CHECK, or "off". What does not fit raises CorruptionError on all ranks.
 
     Raises:
         ConfigError: an argument is wrong, or ranks were given different ones (which field, which ranks).
@@ -86,6 +88,7 @@ class Buffer:
         device: torch.device | str | None = None,
         topology: Topology | None = None,
         beside_bytes: int = 0,
+        check: str | None = None,
     ) -> None:
         self._group = Group.resolve(group)
         self._id = secrets.randbits(62)  # no other process has it, so its handles are nobody's here
@@ -105,6 +108,7 @@ class Buffer:
             device=device,
             topology=topology,
             beside_bytes=beside_bytes,
+            check=check,
         )
         self.config, buffer_ids = self._agree(given)
         self._topology = Topology.detect(self._group, given=topology, timeout_s=self.config.timeout_s)
@@ -128,6 +132,7 @@ class Buffer:
         self._check = Checker(self.config, self._group.rank, self._id)
         if isinstance(self._core.transport, KernelTransport):
             self._core.fused = FusedOperations(self._core.transport, self._core.tables)
+        integrity.attach(self._core, self.config.check)
         autograd.CORES[self._id] = self._core
 
     def _agree(self, given: BufferConfig | MoECommError) -> tuple[BufferConfig, list[int]]:
@@ -312,6 +317,7 @@ class Buffer:
         placement: ExpertPlacement | Sequence[Sequence[int]] | None = None,
         reduce: str = "rank",
         num_segments: int = 8,
+        check: str | None = None,
     ) -> MemoryPlan:
         """Say what a buffer of several ranks on one host reserves on each, before anything is allocated.
 
@@ -333,6 +339,7 @@ class Buffer:
             reduce=reduce,
             timeout_s=1.0,
             num_segments=num_segments,
+            check=check,
             device="cpu",
         )
         return memory_plan(config, num_ranks)

@@ -22,7 +22,9 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 LAYOUTS = ("expert", "rank")
 REDUCES = ("rank", "source")
+CHECKS = ("off", "cheap", "full")
 MAX_ALIGN = 256
+TAG_BYTES = 24  # beside each checked row, see `moecomm.integrity`
 
 # What each tensor argument holds: the remedy when something else comes.
 _MEANT = {
@@ -53,6 +55,7 @@ class BufferConfig:
     device: torch.device
     topology: Topology | None = None
     beside_bytes: int = 0
+    check: str = "off"
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden", "top_k", "max_tokens_per_rank", "num_segments", "beside_bytes"):
@@ -66,6 +69,8 @@ class BufferConfig:
             raise self._refusal("transport is no name", repr(self.transport), '"auto" or the name of a transport')
         if self.reduce not in REDUCES:
             raise self._refusal("reduce is unknown", repr(self.reduce), f"one of {REDUCES}")
+        if self.check not in CHECKS:
+            raise self._refusal("check is unknown", repr(self.check), f"one of {CHECKS}, also as MOECOMM_CHECK")
         is_number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         if not is_number or not 0 < self.timeout_s < float("inf"):
             raise self._refusal("timeout_s is no deadline", repr(self.timeout_s), "a positive number of seconds")
@@ -82,7 +87,15 @@ class BufferConfig:
 
     @classmethod
     def of(
-        cls, num_ranks: int, *, placement: Any, device: Any, transport: Any, timeout_s: Any, **rest: Any
+        cls,
+        num_ranks: int,
+        *,
+        placement: Any,
+        device: Any,
+        transport: Any,
+        timeout_s: Any,
+        check: Any = None,
+        **rest: Any,
     ) -> BufferConfig:
         """Fill in what was left to the defaults, and check everything."""
         return cls(
@@ -90,6 +103,7 @@ class BufferConfig:
             timeout_s=_env.timeout_s() if timeout_s is None else timeout_s,
             placement=_placement(placement, rest["num_experts"], num_ranks),
             device=_device(device),
+            check=_env.check() if check is None else check,
             **rest,
         )
 
@@ -102,6 +116,11 @@ class BufferConfig:
         """Most bytes of a row: the dtype's, for one-byte dtypes a float32 scale per 16 elements, `beside_bytes`."""
         scale_bytes = 4 * -(-self.hidden // 16) if self.dtype.itemsize == 1 else 0
         return self.hidden * self.dtype.itemsize + scale_bytes + self.beside_bytes
+
+    @property
+    def tag_bytes(self) -> int:
+        """Bytes of tags beside each row, at most: for the rows alone, or for rows, scales, weights and tables."""
+        return {"off": 0, "cheap": TAG_BYTES, "full": 4 * TAG_BYTES}[self.check]
 
     def differences(self, others: Sequence[BufferConfig]) -> str:
         """Which fields differ between ranks, and who has what; empty if none does. Of devices the type counts."""

@@ -45,6 +45,7 @@ class Core:
     started: dict[int, Callable[[], Any]] = field(default_factory=dict)
     failure: MoECommError | None = None
     closed: bool = False
+    integrity: Any = None  # `integrity.Integrity` where rows are checked on arrival
     fused: Any = None  # `fused.FusedOperations` where the transport moves whole operations
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class MoECommError(Exception):
@@ -147,6 +148,25 @@ class DesyncError(MoECommError, RuntimeError):
             seq=seq,
             peers=others,
         )
+
+
+class CorruptionError(MoECommError, RuntimeError):
+    """A row arrived that is not the one that was sent; only a buffer with `check` looks.
+
+    Args:
+        token: of the row, on the rank that dispatched it; None if that is not known.
+        phase: where it was seen, such as "arrival of combine, rows".
+        evidence: path of a file with the tags and bytes of the wrong rows.
+
+    >>> CorruptionError("row 3 is not what was sent", rank=0, peers=[1], token=7, phase="arrival of dispatch").token
+    7
+    """
+
+    def __init__(
+        self, what: str, *, token: int | None = None, phase: str = "", evidence: str = "", **rest: Any
+    ) -> None:
+        super().__init__(what, **rest)
+        self.token, self.phase, self.evidence = token, phase, evidence
 
 
 class StaleHandleError(MoECommError, RuntimeError):

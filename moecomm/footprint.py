@@ -40,12 +40,13 @@ def memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
     """A segment holds the worst dispatch (everything comes here) or the worst combine, whichever is larger."""
     tokens, top_k = config.max_tokens_per_rank, config.top_k
     most_local = max(config.placement.experts_per_rank)
-    entry_bytes = config.row_bytes + 4  # the row and its weight
+    tags = config.tag_bytes
+    entry_bytes = config.row_bytes + 4 + tags  # the row and its weight
     entries = num_ranks * tokens * top_k
-    tables = num_ranks * tokens * 2 * 4 * top_k
+    tables = num_ranks * tokens * (2 * 4 * top_k + tags)
     out_bytes = (entries + most_local * (MAX_ALIGN - 1)) * entry_bytes + tables
     home_entries = tokens * (top_k if config.reduce == "source" else min(top_k, num_ranks))
-    home_bytes = home_entries * config.row_bytes + tokens * top_k * 4 * top_k
+    home_bytes = home_entries * (config.row_bytes + tags) + tokens * top_k * (4 * top_k + tags)
     segment = -(-(max(out_bytes, home_bytes) + _PAGE_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
     uniform = tokens * top_k * entry_bytes + tables // num_ranks
     mail = mail_bytes(num_ranks, count_bytes(config, num_ranks))

@@ -64,7 +64,10 @@ def route_of(core: Core, handle: DispatchHandle) -> Route:
 
 @dataclass(eq=False, slots=True)
 class Parcel:
-    """One payload to move: (N, ...) rows, `rows[index // every]`, or sums of rows; sorted by destination."""
+    """One payload to move: (N, ...) rows, `rows[index // every]`, or sums of rows; sorted by destination.
+
+    homes: the token of each row that arrives here in turn, where the receiver knows it and the sender does not.
+    """
 
     lane: Lane
     rows: Tensor
@@ -72,6 +75,7 @@ class Parcel:
     every: int = 1
     table_PK: Tensor | None = None
     weights_N: Tensor | None = None
+    homes: Tensor | None = None
 
     def put_all(self, exchange: Exchange, number: int) -> bool:
         """Write all sections at once, if that is possible and pays."""
@@ -103,14 +107,23 @@ class Parcel:
 def send(core: Core, tag: str, parcels: Sequence[Parcel], *, agreed: bool = False) -> Exchange:
     """Open an exchange, fill every lane for every destination, commit."""
     with core.phase("send"):
-        exchange = core.transport.open(tag, [parcel.lane for parcel in parcels], agreed=agreed)
+        lanes = [parcel.lane for parcel in parcels]
+        watch = None if core.integrity is None else core.integrity.watch(tag, parcels)
+        exchange = core.transport.open(tag, lanes if watch is None else [*lanes, *watch.lanes], agreed=agreed)
         for number, parcel in enumerate(parcels):
-            if not parcel.put_all(exchange, number):
-                for dst, section in exchange.sections(parcel.lane, core.rank):
-                    parcel.put(exchange, number, dst, section)
-        count_traffic(core, [parcel.lane for parcel in parcels])
+            _fill(core, exchange, number, parcel)
+        if watch is not None:
+            for number, parcel in enumerate(watch.seal(exchange), start=len(parcels)):
+                _fill(core, exchange, number, parcel)
+        count_traffic(core, lanes)
         exchange.commit()
-    return exchange
+    return exchange if watch is None else watch.checked(exchange)
+
+
+def _fill(core: Core, exchange: Exchange, number: int, parcel: Parcel) -> None:
+    if not parcel.put_all(exchange, number):
+        for dst, section in exchange.sections(parcel.lane, core.rank):
+            parcel.put(exchange, number, dst, section)
 
 
 def contiguous_lane(rows_WW: np.ndarray, rank: int, row_bytes: int, *, repeats: bool = False) -> Lane:
@@ -145,7 +158,10 @@ def out_lane(route: Route, row_bytes: int, *, repeats: bool = False) -> Lane:
 def home_parcel(core: Core, route: Route, rows: Tensor) -> Parcel:
     """One row per entry (layout "expert") or pair (layout "rank") on its way home, sorted by where it was."""
     lane = contiguous_lane(route.moved_WW.T, core.rank, row_bytes_of(rows))
-    return Parcel(lane, rows, None if route.slots_S is None else _on(rows.device, route.counts.recv_slots()))
+    if route.slots_S is None:
+        return Parcel(lane, rows, homes=route.pair_tokens_Q)
+    homes = None if core.integrity is None else route.order_S // route.top_k
+    return Parcel(lane, rows, _on(rows.device, route.counts.recv_slots()), homes=homes)
 
 
 def row_bytes_of(rows: Tensor) -> int:
@@ -330,10 +346,8 @@ def start_combine(
             _, recv_rows = node_places(handle.pair_pos, core.merge_nodes)
             lane = replace(lane, merge=Merge(dtype=rows.dtype, keys=handle.recv_keys, recv_rows=recv_rows))
         weights = handle.row_weights if home.weighted else None
-        by_entry = handle.layout == "expert"
-        parcels = [
-            Parcel(lane, rows, table_PK=handle.recv_table, weights_N=weights) if by_entry else Parcel(lane, rows)
-        ]
+        table, weights = (handle.recv_table, weights) if handle.layout == "expert" else (None, None)
+        parcels = [Parcel(lane, rows, table_PK=table, weights_N=weights, homes=route.pair_tokens_Q)]
     elif rows is not None:
         parcels = [home_parcel(core, route, rows)]
     if home.carried is not None:

@@ -47,6 +47,7 @@ def run_conformance(
     layouts: Sequence[str] = ("expert", "rank"),
     reduces: Sequence[str] = ("rank", "source"),
     timeout_s: float = 60.0,
+    check: str | None = None,
 ) -> list[ConformanceResult]:
     """Run cases on a buffer of this transport; collective, every rank calls it with the same arguments.
 
@@ -63,6 +64,7 @@ def run_conformance(
         layouts: of dispatch.
         reduces: of the buffer.
         timeout_s: deadline of every wait in seconds.
+        check: what `moecomm.Buffer` takes.
 
     Returns:
         One row per case, layout and reduce; ok is False if a check failed or an operation raised.
@@ -85,7 +87,7 @@ def run_conformance(
         else:
             buffer = None
             try:
-                buffer = _build(case, group, transport, reduce, timeout_s)
+                buffer = _build(case, group, transport, reduce, timeout_s, check)
                 world_size, rank = buffer.group.size, buffer.group.rank
                 _run(case, buffer, layout, reduce, rounds, checks)
             except Exception as error:
@@ -112,7 +114,9 @@ def run_conformance(
     return results
 
 
-def _build(case: Case, group: object, transport: str, reduce: str, timeout_s: float) -> moecomm.Buffer:
+def _build(
+    case: Case, group: object, transport: str, reduce: str, timeout_s: float, check: str | None
+) -> moecomm.Buffer:
     world_size = Group.resolve(group).size
     return moecomm.Buffer(
         group,
@@ -125,6 +129,7 @@ def _build(case: Case, group: object, transport: str, reduce: str, timeout_s: fl
         placement=case.placement(world_size),
         reduce=reduce,
         timeout_s=timeout_s,
+        check=check,
     )
 
 

@@ -17,11 +17,26 @@ ROOT = Path(__file__).resolve().parents[2]
 # (layer, names below `moecomm.`), lowest first; order inside a layer counts too.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("_version", "errors", "_env")),
-    ("1", ("presets", "group", "launch", "topology", "placement", "quant", "_compiled", "_jit", "_rows_jit", "rows")),
+    (
+        "1",
+        (
+            "presets",
+            "group",
+            "launch",
+            "topology",
+            "placement",
+            "quant",
+            "_compiled",
+            "_jit",
+            "_rows_jit",
+            "_tags_jit",
+            "rows",
+        ),
+    ),
     ("2", ("_plan_jit", "plan", "handle", "reference")),
     ("K", ("kernels",)),
     ("3", ("memory", "transport")),
-    ("4", ("_operator", "checks", "footprint", "core", "operations", "fused", "autograd", "buffer")),
+    ("4", ("_operator", "checks", "footprint", "core", "operations", "integrity", "fused", "autograd", "buffer")),
     ("5", ("nn", "diagnostics", "testing", "deep_ep", "integrations")),
     ("6", ("cli", "__main__")),
 )
