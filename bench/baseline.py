@@ -76,6 +76,12 @@ def _exchange(rows: Tensor, recv_splits: list[int], send_splits: list[int], comm
     if len(send_splits) == 1:
         return rows
     received = rows.new_empty(sum(recv_splits), rows.shape[1])
+    if comm is None and rows.requires_grad and torch.is_grad_enabled():
+        from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+        world = dist.group.WORLD
+        assert world is not None, "asked for more than one rank"
+        return all_to_all_single_autograd(rows, recv_splits, send_splits, world)
     if comm is None:
         dist.all_to_all_single(received, rows, recv_splits, send_splits)
         return received

@@ -97,6 +97,21 @@ class Measurement:
         return self.benchmark, self.case, self.path, self.operation, self.transport
 
 
+def example(**changes: Any) -> Measurement:
+    """A row with plausible numbers, for examples and tests; keyword arguments replace them.
+
+    >>> example(tokens=3).tokens
+    3
+    """
+    words = {"benchmark": "dispatch_combine", "case": "a", "path": "moecomm", "operation": "dispatch"}
+    shape = {"hidden": 8, "experts": 4, "top_k": 2, "world": 2, "threads": 1, "tokens": 16, "iterations": 25}
+    times = {"p20_us": 95.0, "p50_us": 100.0, "p80_us": 105.0, "p99_us": 120.0}
+    sizes = dict.fromkeys(("bytes_local", "bytes_remote", "dedup_local_bytes", "dedup_remote_bytes"), 1_000_000)
+    where = {"device": "a machine", "versions": "torch 2", "commit": "abc", "date": "2026-11-23"}
+    values: dict[str, Any] = words | shape | times | sizes | where | {"bytes_moved": 1_000_000, "gb_per_s": 5.0}
+    return Measurement(**(values | changes))
+
+
 def percentiles(times_us: Sequence[float]) -> tuple[float, float, float, float]:
     """p20, p50, p80 and p99.
 

@@ -49,8 +49,14 @@ def print_rows(rows: Sequence[Measurement]) -> None:
         of_case = [row for row in rows if row.case == case]
         first = of_case[0]
         lines = [_cells(row) for row in of_case]
+        header: tuple[str, ...] = HEADER
+        if any("tokens_per_s" in row.extras for row in of_case):
+            header = (*HEADER, "tokens/s")
+            lines = [
+                (*line, f"{row.extras.get('tokens_per_s', 0):,}") for line, row in zip(lines, of_case, strict=True)
+            ]
         title = f"{case} (us; routing {first.routing_hash}, load {first.max_over_mean} x mean)"
-        print_table(title, HEADER, lines)
+        print_table(title, header, lines)
     if rows:
         last = rows[-1]
         print(f"{last.device}; {last.threads} CPU threads per rank; {last.versions}; commit {last.commit}")

@@ -7,8 +7,8 @@ import importlib
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ import torch
 
 import moecomm
 from bench.baseline import baseline_combine, baseline_dispatch
-from bench.record import Measurement, percentiles, read, write
+from bench.record import Measurement, example, percentiles, read, write
 from bench.report import insert, table
 from bench.traffic import traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", ["baseline", "memory", "record", "report", "roof", "routing", "traffic"])
+@pytest.mark.parametrize("name", ["baseline", "compare", "memory", "record", "report", "roof", "routing", "traffic"])
 def test_examples(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"bench.{name}"))
     assert not found.failed
@@ -76,42 +76,11 @@ def test_baseline_gives_what_moecomm_gives() -> None:
         assert error < 1e-5 and error < 2 * (y.double() - exact).abs().max() + 1e-6
 
 
-def a_row(**changes: object) -> Measurement:
+def a_row(**changes: Any) -> Measurement:
     """A measurement with plausible numbers."""
-    p20, p50, p80, p99 = percentiles([100.0, 200.0, 300.0])
-    row = Measurement(
-        benchmark="dispatch_combine",
-        case="a",
-        path="moecomm",
-        transport="symmetric",
-        layout="expert",
-        reduce="rank",
-        operation="dispatch",
-        world=2,
-        tokens=16,
-        hidden=8,
-        top_k=2,
-        experts=4,
-        dtype="bfloat16",
-        threads=1,
-        iterations=5,
-        p20_us=p20,
-        p50_us=p50,
-        p80_us=p80,
-        p99_us=p99,
-        bytes_local=1_000_000,
-        bytes_remote=1_000_000,
-        dedup_local_bytes=1_000_000,
-        dedup_remote_bytes=1_000_000,
-        bytes_moved=1_000_000,
-        gb_per_s=5.0,
-        percent_of_roof=80.0,
-        device="a machine",
-        versions="torch 2",
-        commit="abc",
-        date="2026-11-23",
-    )
-    return replace(row, **changes)  # type: ignore[arg-type]
+    times = dict(zip(("p20_us", "p50_us", "p80_us", "p99_us"), percentiles([100.0, 200.0, 300.0]), strict=True))
+    words = {"transport": "symmetric", "layout": "expert", "reduce": "rank", "dtype": "bfloat16"}
+    return example(**({**words, **times, "percent_of_roof": 80.0} | changes))
 
 
 def test_results_are_replaced_case_by_case(tmp_path: Path) -> None:
