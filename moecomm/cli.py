@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -172,40 +171,25 @@ def bench(name: str | None, options: tuple[str, ...]) -> int:
 
 
 @commands.command()
-@click.option("--transport", default="auto", show_default=True, help="As Buffer takes it.")
+@click.option("--transport", default="all", show_default=True, help="Names with commas; all: those that work here.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first random case.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Routings per case.")
 @_device
 @_json
-def conformance(transport: str, minutes: float, rounds: int, device: str, as_json: bool) -> int:
+def conformance(transport: str, minutes: float, rounds: int, seed: int, device: str, as_json: bool) -> int:
     """Compare every operation with a slow oracle on these ranks: copies and sums bit for bit, gradients bounded."""
-    from moecomm.testing import CASES
-    from moecomm.testing.conformance import run_conformance
+    from moecomm.testing.suite import run_suite
 
-    results, skipped = [], 0
     with joined(device) as launch:
-        group, end_s = resolve(launch), time.monotonic() + 60 * minutes
-        for case in CASES.values():
-            if not group.broadcast_object(time.monotonic() < end_s):
-                skipped += 1
-                continue
-            results += run_conformance(launch.group, transport, [case], rounds=rounds)
-        told = group.all_gather_object([asdict(result) for result in results], operation="conformance")
+        transports = None if transport == "all" else transport.split(",")
+        report = run_suite(launch.group, minutes=minutes, transports=transports, rounds=rounds, seed=seed)
         first = launch.rank == 0
-    rows = [row for of_rank in told for row in of_rank]
-    bad = [row for row in rows if not row["ok"]]
     if first and as_json:
-        _print_json({"results": rows, "cases_without_time": skipped})
+        _print_json(report.as_dict())
     elif first:
-        for row in bad:
-            click.echo(f"rank {row['rank']}: {row['case']}, layout {row['layout']}, reduce {row['reduce']}:")
-            click.echo(row["message"])
-        checks = sum(row["num_checks"] for row in rows)
-        click.echo(
-            f"{len(told[0])} cases on {len(told)} rank{'s' * (len(told) > 1)} over {transport}: {checks} checks, "
-            f"{len(bad)} failed" + (f"; {skipped} cases left out, --minutes was too short" if skipped else "")
-        )
-    return int(bool(bad))
+        click.echo(report.page())
+    return int(not report.ok)
 
 
 def _print_json(value: Any) -> None:

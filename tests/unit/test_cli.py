@@ -131,7 +131,7 @@ def test_plan_counts_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--preset", "gpt-5"], "Invalid value for '--preset': 'gpt-5' is not one of"),
         (["plan"], "Missing option '--preset'"),
         (["plan", "--preset", "tiny", "--nodes", "0"], "0 is not in the range x>=1"),
-        (["bench", "nothing"], "no benchmark 'nothing': there are dispatch_combine"),
+        (["bench", "nothing"], "no benchmark 'nothing': there are check"),
         (["inf"], "No such command 'inf'"),
         (["conformance", "--minutes", "0"], "Invalid value for '--minutes'"),
     ],
