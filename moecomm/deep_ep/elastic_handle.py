@@ -1,0 +1,120 @@
+"""`EPHandle`: what a dispatch of the second API knows, under the names that its callers read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from moecomm import DispatchHandle
+from moecomm.deep_ep.wire import Space
+
+
+@final
+@dataclass(eq=False, kw_only=True)
+class EPHandle:
+    """A routing. T tokens, K top-k, R ranks, L experts of this rank, N tokens received, X rows of do_expand.
+
+    do_expand, num_experts, expert_alignment, num_max_tokens_per_rank, num_sms: as given. topk_idx: (T, K), the caller's
+    own with do_handle_copy=False. num_recv_tokens: N. num_expanded_tokens: X, 0 without do_expand.
+    num_recv_tokens_per_expert_list: aligned counts; [] without do_cpu_sync.
+    num_unaligned_recv_tokens_per_expert: (L,) int32. psum_num_recv_tokens_per_scaleup_rank: (R,) int32 inclusive.
+    psum_num_recv_tokens_per_expert: (L,) int32, inclusive sums of aligned counts; with do_expand the end of each
+    expert's rows, without its padding. token_metadata_at_forward, channel_linked_list: None.
+    """
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: Tensor
+    num_recv_tokens: int
+    num_expanded_tokens: int
+    num_recv_tokens_per_expert_list: list[int]
+    num_unaligned_recv_tokens_per_expert: Tensor
+    psum_num_recv_tokens_per_scaleup_rank: Tensor
+    psum_num_recv_tokens_per_expert: Tensor
+    token_metadata_at_forward: None = None
+    channel_linked_list: None = None
+    route: Route = field(repr=False)
+
+    @cached_property
+    def recv_src_metadata(self) -> Tensor:
+        """(N, K + 2) int32: source rank * num_max + token; source rank * K + highest k that goes here; rows or -1."""
+        route = self.route
+        top_k = self.topk_idx.shape[1]
+        lanes_NK = torch.where(route.local_NK >= 0, torch.arange(top_k, device=route.local_NK.device), -1)
+        source = route.sources()
+        meta = torch.full((len(source), top_k + 2), -1, dtype=torch.int32, device=source.device)
+        meta[:, 0] = source * self.num_max_tokens_per_rank + route.token_N
+        meta[:, 1] = source * top_k + lanes_NK.amax(1) if top_k else source * top_k
+        if self.do_expand:
+            meta[:, 2:] = route.handle.recv_table
+        return meta
+
+    @cached_property
+    def dst_buffer_slot_idx(self) -> Tensor:
+        """(T, K) int32 rank * num_max + slot, at the highest k of each rank that the token goes to; -1 elsewhere."""
+        rank_TK = self.route.rank_TK
+        slot_TR = torch.zeros(len(rank_TK), self.route.num_ranks + 1, dtype=torch.int32, device=rank_TK.device)
+        slot_TR.scatter_(1, torch.where(rank_TK >= 0, rank_TK, self.route.num_ranks).long(), 1)
+        slot_TR = slot_TR.cumsum(0, dtype=torch.int32) - 1
+        slot = slot_TR.gather(1, rank_TK.clamp(min=0).long())
+        return torch.where(rank_TK >= 0, rank_TK * self.num_max_tokens_per_rank + slot, -1).to(torch.int32)
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Route:
+    """The operation behind a handle.
+
+    rank_TK: (T, K) rank at the highest k that goes to it, -1 elsewhere. token_N: (N,) int32 token of each pair at its
+    source. local_NK: (N, K) int32, below 0 where a choice is not here. num_rows: of the tensor that the caller got.
+    """
+
+    space: Space
+    handle: DispatchHandle
+    rank: int
+    num_ranks: int
+    rank_TK: Tensor
+    token_N: Tensor
+    local_NK: Tensor
+    num_rows: int
+
+    def received(self) -> Tensor:
+        """(R,) int64 tokens that came from each rank."""
+        return self.handle.pair_counts[:, self.rank].long()
+
+    def sources(self) -> Tensor:
+        """(N,) int64 rank that each token came from."""
+        return torch.repeat_interleave(torch.arange(self.num_ranks), self.received()).to(self.token_N.device)
+
+
+def highest_lanes(rank_TK: Tensor, num_ranks: int) -> Tensor:
+    """Keep of each token the last choice that goes to a rank; -1 elsewhere.
+
+    >>> highest_lanes(torch.tensor([[0, 1, 0], [1, -1, 1]]), 2).tolist()
+    [[-1, 1, 0], [-1, -1, 1]]
+    """
+    num_tokens, top_k = rank_TK.shape
+    if not top_k:
+        return rank_TK
+    lane_K = torch.arange(top_k, device=rank_TK.device)
+    column = torch.where(rank_TK >= 0, rank_TK, num_ranks).long()
+    last_TR = lane_K.new_full((num_tokens, num_ranks + 1), -1)
+    last_TR.scatter_reduce_(1, column, lane_K.expand(num_tokens, top_k), "amax")
+    return torch.where(last_TR.gather(1, column) == lane_K, rank_TK, -1)
+
+
+def padded_sums(counts: Any, align: int) -> tuple[list[int], list[int]]:
+    """Counts rounded up, and where each group begins.
+
+    >>> padded_sums([3, 0, 5], 4)
+    ([4, 0, 8], [0, 4, 4])
+    """
+    padded = [-(-int(count) // align) * align for count in counts]
+    return padded, [sum(padded[:i]) for i in range(len(padded))]

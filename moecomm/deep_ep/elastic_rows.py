@@ -1,0 +1,207 @@
+"""How the rows of `ElasticBuffer` travel, with and without do_expand.
+
+Legend: T tokens, K top-k, R ranks, L experts of this rank, N tokens received, X rows of do_expand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from moecomm import DispatchHandle, ExpertPlacement
+from moecomm.deep_ep.elastic_handle import EPHandle, Route, highest_lanes, padded_sums
+from moecomm.deep_ep.parcels import Parcel, at_least, count_experts, experts_of
+from moecomm.deep_ep.refusals import FLOATS, demand, demand_tensor
+from moecomm.deep_ep.wire import Space, Wire
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a dispatch was asked for. exact: as many rows as come, not as many as could."""
+
+    num_experts: int
+    num_max: int
+    align: int
+    exact: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a rank to make room for: few different numbers, so that few buffers are made."""
+        return 1 << max(7, (self.num_max - 1).bit_length())
+
+
+Sent = tuple[Any, Tensor | None, Tensor | None, EPHandle]
+
+
+@final
+class ElasticRows:
+    """Sends rows over a wire. multiple_reduction: sum at the experts before rows of do_expand go home."""
+
+    def __init__(self, wire: Wire, multiple_reduction: bool) -> None:
+        self._wire, self._reduce = wire, "rank" if multiple_reduction else "source"
+        self._rank, self._num_ranks = wire.group.rank, wire.group.size
+        self._rank_of: dict[tuple[int, torch.device], Tensor] = {}
+
+    def compact(self, parcel: Parcel, idx: Tensor, plan: Plan) -> Sent:
+        """One row per token and rank."""
+        lanes = highest_lanes(self._ranks(idx, plan.num_experts), self._num_ranks)
+        space = Space(num_experts=self._num_ranks, top_k=idx.shape[1], reduce="source", num_tokens=plan.num_tokens)
+        out = self._wire.dispatch(space, parcel.x, parcel.beside(), lanes, None, layout="expert")
+        arrived = parcel.unpack(out.x[1])
+        first, num_local = experts_of(plan.num_experts, self._num_ranks, self._rank)
+        local = arrived.localise(first, num_local)
+        room = None if plan.exact else plan.num_max * self._num_ranks
+        counts = count_experts(local, num_local).to(torch.int32)
+        padded, starts = padded_sums(counts.tolist(), plan.align)
+        num_rows = len(local) if room is None else room
+        route = Route(space, out.handle, self._rank, self._num_ranks, lanes, arrived.origin[:, 0], local, num_rows)
+        ends = [start + size for start, size in zip(starts, padded, strict=True)]
+        handle = _handle(route, plan, counts, padded, ends)
+        recv_idx = at_least(local, room).to(idx.dtype, copy=True)
+        recv_idx[len(local) :] = -1
+        weights = None if arrived.topk_weights is None else at_least(arrived.topk_weights.contiguous(), room)
+        rows = at_least(out.x[0], room)
+        return rows if arrived.scales is None else (rows, at_least(arrived.scales, room)), recv_idx, weights, handle
+
+    def expanded(self, parcel: Parcel, idx: Tensor, plan: Plan) -> Sent:
+        """One row per token and expert."""
+        space = Space(num_experts=plan.num_experts, top_k=idx.shape[1], reduce=self._reduce, num_tokens=plan.num_tokens)
+        idx = idx if idx.dtype.itemsize >= 4 else idx.int()
+        bare = Parcel(parcel.x, parcel.scales, None, None, 1)
+        out = self._wire.dispatch(
+            space, parcel.x, bare.beside(), idx, parcel.topk_weights, layout="expert", align=plan.align
+        )
+        arrived, table = bare.unpack(out.x[1]), out.handle.recv_table
+        assert out.row_weights is not None
+        num_local = experts_of(plan.num_experts, self._num_ranks, self._rank)[1]
+        room = None
+        if not plan.exact:
+            most = self._num_ranks * plan.num_max * min(idx.shape[1], num_local) + (plan.align - 1) * num_local
+            room = -(-most // plan.align) * plan.align
+        rows = at_least(out.x[0], room)
+        tokens = arrived.origin[table.amax(1).long(), 0] if table.numel() else arrived.origin[:0, 0]
+        lanes = highest_lanes(self._ranks(idx, plan.num_experts), self._num_ranks)
+        route = Route(space, out.handle, self._rank, self._num_ranks, lanes, tokens, table, len(rows))
+        counts = out.tokens_per_expert
+        padded, starts = padded_sums(counts.tolist(), plan.align)
+        ends = [start + int(count) for start, count in zip(starts, counts.tolist(), strict=True)]
+        handle = _handle(route, plan, counts, padded, ends, num_expanded=len(out.x[0]))
+        weights = None if parcel.topk_weights is None else at_least(out.row_weights, room)
+        return rows if arrived.scales is None else (rows, at_least(arrived.scales, room)), None, weights, handle
+
+    def replay(self, parcel: Parcel, handle: EPHandle) -> tuple[Any, Tensor | None, Tensor | None]:
+        """Other rows along the route of a handle."""
+        demand(
+            isinstance(handle, EPHandle),
+            "handle is no EPHandle",
+            got=type(handle).__name__,
+            expected="that of dispatch",
+        )
+        route, num_tokens = handle.route, len(handle.topk_idx)
+        got = f"{len(parcel.x)} tokens"
+        demand(len(parcel.x) == num_tokens, "x does not fit the handle", got=got, expected=num_tokens)
+        room = route.num_rows
+        beside, weights, scales = parcel.beside_again(), None, None
+        came = self._wire.replay(route.space, parcel.x, beside, route.handle)
+        rows = came if beside is None else came[0]
+        if beside is not None:
+            weights, scales = parcel.unpack_again(came[1])
+        if weights is not None:
+            weights = self._of_rows(weights, route) if handle.do_expand else weights.contiguous()
+            weights = at_least(weights, room)
+        recv_x = at_least(rows, room) if scales is None else (at_least(rows, room), at_least(scales, room))
+        if handle.do_expand:
+            return recv_x, None, weights
+        idx = at_least(route.local_NK, room).to(handle.topk_idx.dtype, copy=True)
+        idx[len(route.local_NK) :] = -1
+        return recv_x, idx, weights
+
+    def combine(
+        self, x: Tensor, handle: EPHandle, topk_weights: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Lead rows and weights home."""
+        route = handle.route
+        num_rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
+        demand_tensor("x", x, None, None, dtypes=FLOATS)
+        fits = len(x) in (num_rows, route.num_rows)
+        demand(fits, "x does not fit the handle", got=f"{len(x)} rows", expected=f"{route.num_rows} rows")
+        if topk_weights is not None:
+            top_k = handle.topk_idx.shape[1]
+            demand_tensor("topk_weights", topk_weights, len(x), *(() if handle.do_expand else (top_k,)))
+            allowed = not handle.do_expand or route.space.reduce == "rank"
+            what = "topk_weights cannot come home with rows of do_expand by themselves"
+            demand(allowed, what, got="allow_multiple_reduction=False", expected="allow_multiple_reduction=True")
+        if not handle.do_expand:
+            combined = self._wire.combine(route.space, x[:num_rows], route.handle, bias=bias)
+            if topk_weights is None:
+                return combined, None
+            weights = topk_weights[:num_rows].float().masked_fill(route.local_NK < 0, 0.0)
+            return combined, self._wire.combine(route.space, weights, route.handle)
+        combined = self._wire.combine(route.space, x[:num_rows], self._by_lanes(route), bias=bias)
+        if topk_weights is None:
+            return combined, None
+        table = route.handle.recv_table
+        values = torch.nn.functional.pad(topk_weights[:num_rows].float(), (0, 1))[table.long()]
+        return combined, self._wire.combine(route.space, values, _per_token(route.handle))
+
+    def _by_lanes(self, route: Route) -> DispatchHandle:
+        """The handle with ranks in the order of the highest choice that goes to each, where its source sums ranks."""
+        handle = route.handle
+        if route.space.reduce == "source" or not len(handle.send_order) or self._wire.sums_by_node:
+            return handle
+        position_TK = handle.pair_pos.gather(1, route.rank_TK.clamp(min=0).long())
+        return replace(handle, pair_pos=torch.where(route.rank_TK >= 0, position_TK, -1))
+
+    def _of_rows(self, weights_XK: Tensor, route: Route) -> Tensor:
+        """(X,) weight of each row of do_expand, whose token's weights came with it; 0 in padding."""
+        table = route.handle.recv_table.long()
+        pair, lane = (table >= 0).nonzero(as_tuple=True)
+        row = table[pair, lane]
+        weights = weights_XK.new_zeros(len(weights_XK))
+        weights[row] = weights_XK[row, lane]
+        return weights
+
+    def _ranks(self, idx: Tensor, num_experts: int) -> Tensor:
+        """(T, K) int32 rank of each choice, -1 for none."""
+        key = num_experts, idx.device
+        if key not in self._rank_of:
+            ranks = ExpertPlacement.uniform(num_experts, self._num_ranks).rank_of_expert
+            self._rank_of[key] = torch.tensor([*ranks, -1], dtype=torch.int32, device=idx.device)
+        known = not idx.numel() or (int(idx.min()) >= -1 and int(idx.max()) < num_experts)
+        expected = f"-1 to {num_experts - 1}"
+        demand(
+            known, "topk_idx names no expert", got=f"{idx.min()} to {idx.max()}" if not known else "", expected=expected
+        )
+        return self._rank_of[key][idx.long()]
+
+
+def _per_token(handle: DispatchHandle) -> DispatchHandle:
+    """The handle of a layout "expert" as one of layout "rank": one row per token and rank."""
+    empty = handle.send_slots[:0]
+    table = handle.recv_table
+    return replace(handle, layout="rank", align=1, send_slots=empty, row_weights=torch.empty(table.shape))
+
+
+def _handle(
+    route: Route, plan: Plan, counts: Tensor, padded: list[int], ends: list[int], *, num_expanded: int | None = None
+) -> EPHandle:
+    device = counts.device
+    return EPHandle(
+        do_expand=num_expanded is not None,
+        num_experts=plan.num_experts,
+        expert_alignment=plan.align,
+        num_max_tokens_per_rank=plan.num_max,
+        num_sms=0,
+        topk_idx=counts,
+        num_recv_tokens=len(route.local_NK),
+        num_expanded_tokens=num_expanded or 0,
+        num_recv_tokens_per_expert_list=padded if plan.exact else [],
+        num_unaligned_recv_tokens_per_expert=counts,
+        psum_num_recv_tokens_per_scaleup_rank=route.received().cumsum(0).to(device, torch.int32),
+        psum_num_recv_tokens_per_expert=torch.tensor(ends, dtype=torch.int32, device=device),
+        route=route,
+    )

@@ -1,0 +1,187 @@
+"""The low-latency mode: slots, counts, FP8 with every kind of scales, hooks, zero copy, masks, statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moecomm import deep_ep
+from moecomm.errors import ConfigError, UnsupportedError
+from moecomm.quant import QuantSpec, quantize
+from moecomm.testing import RankPool, assert_bitwise
+from tests.deep_ep._world import World, expert, rows, summed, world
+from tests.deep_ep.test_normal import BF16, shared
+
+MAX = 12
+
+
+def check_received(rank: int, given: World, recv: torch.Tensor, count: torch.Tensor, handle: Any) -> None:
+    """Rows, counts and the items of the handle against the loops."""
+    info, ranges, num_max, hidden, num_experts = handle
+    assert (num_max, hidden, num_experts) == (MAX, given.x[0].shape[1], given.num_experts)
+    num_local = len(given.held(rank))
+    assert recv.shape == (num_local, 4 * MAX, hidden) and count.dtype == torch.int32
+    for e in range(num_local):
+        entries = list(given.entries(rank, e))
+        assert int(count[e]) == len(entries)
+        assert_bitwise(recv[e, : len(entries)], rows(given.x, [(s, t) for s, t, _ in entries], recv[e]), "rows")
+        assert info[e, : len(entries)].tolist() == [t for _, t, _ in entries]
+        for source in range(4):
+            begin, number = int(ranges[e, source]) >> 32, int(ranges[e, source]) & 0xFFFFFFFF
+            assert [s for s, _, _ in entries][begin : begin + number] == [source] * number
+            assert number == sum(s == source for s, _, _ in entries)
+
+
+def weighted(rank: int, given: World) -> torch.Tensor:
+    """What comes home when experts do as `expert` does."""
+    out = torch.zeros_like(given.x[rank])
+    for t, x in enumerate(given.x[rank]):
+        chosen = [(int(e), w) for e, w in zip(given.idx[rank][t], given.weights[rank][t], strict=True) if e >= 0]
+        out[t] = summed([expert(given.owner(e), x).float() * w for e, w in chosen], x.dtype, x)
+    return out
+
+
+def plain(rank: int, dtype: torch.dtype, hidden: int) -> None:
+    given, buffer = world(hidden=hidden, dtype=dtype), shared()
+    x, idx, weights = given.x[rank], given.idx[rank], given.weights[rank]
+    num_local = len(given.held(rank))
+    stats, waited = torch.ones(num_local, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    for hooked in (False, True):
+        before = stats.clone()
+        recv, count, handle, event, hook = buffer.low_latency_dispatch(
+            x, idx, MAX, 10, stats, waited, use_fp8=False, return_recv_hook=hooked
+        )
+        assert event.event is None and (hook is not None) == hooked
+        if hook is not None:
+            hook()
+        check_received(rank, given, recv, count, handle)
+        assert_bitwise(stats, before + count, "cumulative_local_expert_recv_stats")
+        made = expert(rank, recv)
+        for e in range(num_local):
+            made[e, int(count[e]) :] = torch.nan
+        out = torch.empty_like(x)
+        home, _, hook = buffer.low_latency_combine(made, idx, weights, handle, return_recv_hook=hooked, out=out)
+        if hook is not None:
+            hook()
+        assert home is out
+        assert_bitwise(home, weighted(rank, given), "combined")
+    fewer = torch.where(torch.arange(3) == 1, -1, idx)
+    home = buffer.low_latency_combine(made, fewer, weights, handle)[0]
+    assert_bitwise(home, weighted(rank, World(given.x, [fewer] * 4, given.weights, 10)), "combined without choice 1")
+    if dtype == BF16:
+        staging = buffer.get_next_low_latency_combine_buffer(handle)
+        assert staging.shape == made.shape
+        staging.copy_(made)
+        home = buffer.low_latency_combine(staging, idx, weights, handle, zero_copy=True)[0]
+        assert_bitwise(home, weighted(rank, given), "zero copy")
+
+
+@pytest.mark.parametrize(("dtype", "hidden"), [(torch.float32, 24), (BF16, 128)], ids=["float32", "bfloat16"])
+def test_rows_as_they_are(ranks: RankPool, dtype: torch.dtype, hidden: int) -> None:
+    ranks.run(plain, dtype, hidden)
+
+
+def quantised(rank: int) -> None:
+    """FP8 rows decode to what the reference quantiser makes; LogFMT stays within its bound."""
+    given, buffer = world(hidden=320, dtype=BF16), shared()
+    for round_scale, ue8m0 in ((False, False), (True, False), (True, True)):
+        (codes, scales), count, handle, _, _ = buffer.low_latency_dispatch(
+            given.x[rank], given.idx[rank], MAX, 10, round_scale=round_scale, use_ue8m0=ue8m0
+        )
+        kind = "ue8m0" if ue8m0 else "power_of_two" if round_scale else "float32"
+        expected = [quantize(x, QuantSpec(scales=kind)) for x in given.x]
+        assert codes.dtype == torch.float8_e4m3fn and scales.shape == (len(count), 4 * MAX, 1 if ue8m0 else 3)
+        assert scales.stride(1) == 1 and scales.dtype == (torch.int32 if ue8m0 else torch.float32)
+        for e in range(len(count)):
+            where = [(s, t) for s, t, _ in given.entries(rank, e)]
+            got = codes[e, : len(where)].view(torch.uint8)
+            assert_bitwise(got, rows([c.view(torch.uint8) for c, _ in expected], where, got), "codes")
+            part = scales[e, : len(where)].clone(memory_format=torch.contiguous_format)
+            if ue8m0:
+                exponents = part.view(torch.uint8)
+                assert bool((exponents[:, 3] == 0).all())
+                assert_bitwise(
+                    exponents[:, :3], rows([s.view(torch.uint8) for _, s in expected], where, exponents), "scales"
+                )
+            else:
+                assert_bitwise(part, rows([s for _, s in expected], where, part), "scales")
+    made = torch.randn(len(count), 4 * MAX, 320, dtype=BF16)
+    home = [
+        buffer.low_latency_combine(made, given.idx[rank], given.weights[rank], handle, use_logfmt=use)[0]
+        for use in (False, True)
+    ]
+    step = made.float().abs().amax() / 16 + 2.0**-7 * home[0].float().abs()  # a tenth of an octave, then bfloat16
+    assert bool(((home[0] - home[1]).float().abs() <= 3 * step).all()) and (
+        not len(home[0]) or not home[0].equal(home[1])
+    )
+
+
+def test_quantised_rows(ranks: RankPool) -> None:
+    ranks.run(quantised)
+
+
+def masked(rank: int) -> None:
+    """A rank that is left out gets nothing and gives nothing."""
+    given = world()
+    buffer = deep_ep.Buffer(torch.distributed.group.WORLD, low_latency_mode=True, enable_shrink=True)
+    status = torch.full((4,), 7, dtype=torch.int32)
+    buffer.low_latency_update_mask_buffer(2, True)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0, 0, 1, 0]
+    recv, count, handle, _, _ = buffer.low_latency_dispatch(given.x[rank], given.idx[rank], MAX, 10, use_fp8=False)
+    held = [e for e in range(10) if given.owner(e) == 2]
+    idx = [torch.where(torch.isin(i, torch.tensor(held)), -1, i) for i in given.idx]
+    idx[2] = torch.full_like(idx[2], -1)
+    left = World(given.x, idx, given.weights, 10)
+    check_received(rank, left, recv, count, handle)
+    if rank != 2:
+        home = buffer.low_latency_combine(expert(rank, recv), given.idx[rank], given.weights[rank], handle)[0]
+        assert_bitwise(home, weighted(rank, left), "combined")
+    else:
+        buffer.low_latency_combine(recv, given.idx[rank], given.weights[rank], handle)
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0] * 4
+    with pytest.raises(ConfigError, match="Shrink mode must be enabled"):
+        shared().low_latency_query_mask_buffer(status)
+
+
+def test_ranks_that_are_left_out(ranks: RankPool) -> None:
+    ranks.run(masked)
+
+
+def refusals(rank: int) -> None:
+    given, buffer = world(), shared()
+    x, idx = given.x[2], given.idx[2]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"num_max_dispatch_tokens_per_rank": 8}, "too many tokens: got 9; expected at most 8"),
+        ({"num_experts": 0}, "num_experts is no count: got 0"),
+        ({"async_finish": True, "return_recv_hook": True}, "exclude each other"),
+        ({"topk_idx": idx[1:]}, r"topk_idx has the wrong shape: got \(8, 3\); expected \(9, any\)"),
+        ({"x": x.double()}, "x has the wrong dtype: got torch.float64"),
+        (
+            {"cumulative_local_expert_recv_stats": torch.zeros(9)},
+            "cumulative_local_expert_recv_stats has the wrong shape",
+        ),
+    ]
+    for how, message in wrong:
+        given_args = {"x": x, "topk_idx": idx, "num_max_dispatch_tokens_per_rank": MAX, "num_experts": 10} | how
+        with pytest.raises(ConfigError, match=message):
+            buffer.low_latency_dispatch(**given_args)
+    with pytest.raises(UnsupportedError, match="use_nvfp4 is not supported"):
+        buffer.low_latency_dispatch(x, idx, MAX, 10, use_nvfp4=True)
+    recv, _, handle, _, _ = buffer.low_latency_dispatch(given.x[rank], given.idx[rank], MAX, 10, use_fp8=False)
+    mine = given.idx[rank], given.weights[rank]
+    with pytest.raises(ConfigError, match="zero_copy without a buffer"):
+        buffer.low_latency_combine(recv, *mine, handle, zero_copy=True)
+    with pytest.raises(ConfigError, match="zero_copy and use_logfmt exclude each other"):
+        buffer.low_latency_combine(recv, *mine, handle, zero_copy=True, use_logfmt=True)
+    with pytest.raises(ConfigError, match="handle is none of a low-latency dispatch"):
+        buffer.low_latency_combine(recv, *mine, (1, 2, 3, 4, 5))
+    buffer.low_latency_combine(recv, *mine, handle)
+
+
+def test_bad_input(ranks: RankPool) -> None:
+    ranks.run(refusals)
