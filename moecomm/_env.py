@@ -88,3 +88,17 @@ def values() -> dict[str, tuple[str, str, bool]]:
 def threads() -> str:
     """OMP_NUM_THREADS, or nothing."""
     return os.environ.get("OMP_NUM_THREADS", "")
+
+
+def rendezvous() -> tuple[str, int, int, int]:
+    """Where the processes of a script of DeepEP's kind meet: address, port, number of nodes, number of this node."""
+    read = os.environ.get
+    numbers = read("MASTER_PORT", "8361"), read("WORLD_SIZE", "1"), read("RANK", "0")
+    try:
+        port, num_nodes, node = map(int, numbers)
+    except ValueError:
+        what = "MASTER_PORT, WORLD_SIZE and RANK are no numbers"
+        raise ConfigError(
+            what, got=repr(numbers), expected="a port, the number of nodes, the number of this node"
+        ) from None
+    return read("MASTER_ADDR", "127.0.0.1"), port, num_nodes, node

@@ -136,6 +136,11 @@ class _StoreExchange:
         return blobs
 
 
+def meeting_point() -> tuple[str, int, int, int]:
+    """Where processes meet that were started per node: MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK count nodes."""
+    return _env.rendezvous()
+
+
 def _put(store: dist.Store, key: str, value: bytes) -> None:
     store.set(key, value)  # type: ignore[arg-type]  # the stub says str, the store takes bytes
 

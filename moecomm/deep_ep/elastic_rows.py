@@ -15,7 +15,7 @@ from moecomm import DispatchHandle, ExpertPlacement
 from moecomm.deep_ep.elastic_handle import EPHandle, Route, highest_lanes, padded_sums
 from moecomm.deep_ep.parcels import Parcel, at_least, count_experts, experts_of
 from moecomm.deep_ep.refusals import FLOATS, demand, demand_tensor
-from moecomm.deep_ep.wire import Space, Wire
+from moecomm.deep_ep.wire import Space, Wire, own_weights, per_token, room_for
 
 
 @final
@@ -31,7 +31,7 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         """Tokens of a rank to make room for: few different numbers, so that few buffers are made."""
-        return 1 << max(7, (self.num_max - 1).bit_length())
+        return room_for(self.num_max)
 
 
 Sent = tuple[Any, Tensor | None, Tensor | None, EPHandle]
@@ -111,7 +111,7 @@ class ElasticRows:
         if beside is not None:
             weights, scales = parcel.unpack_again(came[1])
         if weights is not None:
-            weights = self._of_rows(weights, route) if handle.do_expand else weights.contiguous()
+            weights = own_weights(weights, route.handle) if handle.do_expand else weights.contiguous()
             weights = at_least(weights, room)
         recv_x = at_least(rows, room) if scales is None else (at_least(rows, room), at_least(scales, room))
         if handle.do_expand:
@@ -146,7 +146,7 @@ class ElasticRows:
             return combined, None
         table = route.handle.recv_table
         values = torch.nn.functional.pad(topk_weights[:num_rows].float(), (0, 1))[table.long()]
-        return combined, self._wire.combine(route.space, values, _per_token(route.handle))
+        return combined, self._wire.combine(route.space, values, per_token(route.handle))
 
     def _by_lanes(self, route: Route) -> DispatchHandle:
         """The handle with ranks in the order of the highest choice that goes to each, where its source sums ranks."""
@@ -155,15 +155,6 @@ class ElasticRows:
             return handle
         position_TK = handle.pair_pos.gather(1, route.rank_TK.clamp(min=0).long())
         return replace(handle, pair_pos=torch.where(route.rank_TK >= 0, position_TK, -1))
-
-    def _of_rows(self, weights_XK: Tensor, route: Route) -> Tensor:
-        """(X,) weight of each row of do_expand, whose token's weights came with it; 0 in padding."""
-        table = route.handle.recv_table.long()
-        pair, lane = (table >= 0).nonzero(as_tuple=True)
-        row = table[pair, lane]
-        weights = weights_XK.new_zeros(len(weights_XK))
-        weights[row] = weights_XK[row, lane]
-        return weights
 
     def _ranks(self, idx: Tensor, num_experts: int) -> Tensor:
         """(T, K) int32 rank of each choice, -1 for none."""
@@ -177,13 +168,6 @@ class ElasticRows:
             known, "topk_idx names no expert", got=f"{idx.min()} to {idx.max()}" if not known else "", expected=expected
         )
         return self._rank_of[key][idx.long()]
-
-
-def _per_token(handle: DispatchHandle) -> DispatchHandle:
-    """The handle of a layout "expert" as one of layout "rank": one row per token and rank."""
-    empty = handle.send_slots[:0]
-    table = handle.recv_table
-    return replace(handle, layout="rank", align=1, send_slots=empty, row_weights=torch.empty(table.shape))
 
 
 def _handle(

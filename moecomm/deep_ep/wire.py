@@ -160,3 +160,28 @@ class _Made:
 def row_bytes(rows: Tensor) -> int:
     """Bytes of one row."""
     return rows.element_size() * math.prod(rows.shape[1:])
+
+
+def room_for(num_tokens: int) -> int:
+    """Tokens to make room for: few different numbers, so that few buffers are made.
+
+    >>> room_for(1), room_for(129)
+    (128, 256)
+    """
+    return 1 << max(7, (num_tokens - 1).bit_length())
+
+
+def per_token(handle: DispatchHandle) -> DispatchHandle:
+    """The handle of a layout "expert" as one of layout "rank": one row per token and rank."""
+    weights = torch.empty(handle.recv_table.shape, device=handle.row_weights.device)
+    return replace(handle, layout="rank", align=1, send_slots=handle.send_slots[:0], row_weights=weights)
+
+
+def own_weights(weights_NK: Tensor, handle: DispatchHandle) -> Tensor:
+    """(N,) weight of each row of layout "expert", whose token's weights came with it; 0 in padding."""
+    table = handle.recv_table.long()
+    pair, lane = (table >= 0).nonzero(as_tuple=True)
+    row = table[pair, lane]
+    weights = weights_NK.new_zeros(len(weights_NK))
+    weights[row] = weights_NK[row, lane]
+    return weights
