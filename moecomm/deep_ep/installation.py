@@ -48,6 +48,6 @@ def pass_on() -> None:
     path = str(SHIM)
     if path not in sys.path:
         sys.path.insert(0, path)  # spawned ones inherit it
-    before = os.environ.copy().get("PYTHONPATH")
+    before = dict(os.environ).get("PYTHONPATH")  # not read, but handed on
     if path not in (before or "").split(os.pathsep):
         os.environ["PYTHONPATH"] = path if not before else os.pathsep.join((path, before))
