@@ -1,27 +1,32 @@
-"""Write the tables and plots of README and docs from `bench/results/`; nothing in them is typed by hand.
+"""Make plots, an interactive page and tables of result files; nothing in them is typed by hand.
 
-    python bench/report.py            # rewrite them
-    python bench/report.py --check    # fail if a table is not what the results say
+    python bench/report.py out/run.json                       # out/run.html and out/plots/*.{png,svg}
+    python bench/report.py RESULTS... --html page.html --plots plots --into README.md
+    python bench/report.py RESULTS... --into README.md --check   # fail if the table is not what the results say
 
-A table goes between the lines `<!-- bench:begin -->` and `<!-- bench:end -->` of a file.
+A table goes between the lines `<!-- bench:begin -->` and `<!-- bench:end -->` of a Markdown file. The page is one file
+that needs no network.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.record import Measurement, read
+from bench.plots import OPERATIONS, draw
+from bench.record import Measurement, ResultsError, read
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-OPERATIONS = ("dispatch", "combine", "both")
-COLORS = {"moecomm": "#1b7f5c", "baseline": "#c44e52", "memcpy": "#4c72b0", "streamed copy": "#8c8c8c"}
+PAGE = Path(__file__).with_name("page.html")
+RESULTS = [ROOT / "bench/results/dispatch_combine.json"]
 
 
 def table(rows: Sequence[Measurement]) -> str:
@@ -90,83 +95,60 @@ def insert(text: str, generated: str, where: Path) -> str:
     return f"{before}{BEGIN}\n{generated}\n{END}{after}"
 
 
-def plot_scaling(rows: Sequence[Measurement], path: Path) -> None:
-    """Milliseconds over tokens, both logarithmic, one panel per world and operation."""
-    from matplotlib import pyplot as plt
+def page(rows: Sequence[Measurement]) -> str:
+    """The interactive page: template, rows and script in one file that needs nothing else.
 
-    panels = [
-        (world, operation)
-        for world in sorted({row.world for row in rows})
-        for operation in OPERATIONS[:2]
-        if len({row.tokens for row in rows if (row.world, row.operation) == (world, operation)}) > 1
-    ]
-    if not panels:
-        return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained")
-    for axis, (world, operation) in zip(axes[0], panels, strict=True):
-        for name, color in COLORS.items():
-            of_path = [r for r in rows if (r.path, r.world, r.operation) == (name, world, operation)]
-            of_path.sort(key=lambda row: row.tokens)
-            if of_path:
-                tokens = [row.tokens for row in of_path]
-                axis.plot(tokens, [row.p50_us / 1e3 for row in of_path], "o-", color=color, label=name, markersize=3)
-                low, high = ([getattr(row, p) / 1e3 for row in of_path] for p in ("p20_us", "p80_us"))
-                axis.fill_between(tokens, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set(xscale="log", yscale="log", xlabel="tokens per rank", title=f"{operation}, {world} ranks")
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes[0][0].set_ylabel("ms (p50; band p20 to p80)")
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    >>> page([]).count("[]</script>")
+    1
+    """
+    data = json.dumps([asdict(row) for row in rows]).replace("</", "<\\/")
+    return PAGE.read_text(encoding="utf-8").replace("/*DATA*/", data)
 
 
-def plot_roof(rows: Sequence[Measurement], path: Path) -> None:
-    """GB/s of every path, one group of bars per case and operation."""
-    from matplotlib import pyplot as plt
-
-    groups = list(dict.fromkeys((r.world, r.tokens, r.operation) for r in rows if r.operation != "both"))
-    groups.sort(key=lambda group: (-group[0], group[1], OPERATIONS.index(group[2])))
-    figure, axis = plt.subplots(figsize=(max(5.0, 1.1 * len(groups)), 3.6), layout="constrained")
-    for n, (name, color) in enumerate(COLORS.items()):
-        speed = {(r.world, r.tokens, r.operation): r.gb_per_s for r in rows if r.path == name}
-        places = [at + (n - 1.5) * 0.2 for at in range(len(groups))]
-        axis.bar(places, [speed.get(group, 0.0) for group in groups], 0.2, color=color, label=name)
-    names = [f"{operation}\nW={world}, T={tokens}" for world, tokens, operation in groups]
-    axis.set_xticks(range(len(groups)), names, fontsize=7)
-    axis.set_ylabel("GB/s of the bytes that must move")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3, axis="y", linewidth=0.5)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite, or check, the tables; draw the plots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/dispatch_combine.json")
-    parser.add_argument("--scaling", type=Path, default=ROOT / "bench/results/scaling.json", help="many T, for a plot")
-    parser.add_argument("--into", type=Path, nargs="+", default=[ROOT / "README.md"])
-    parser.add_argument("--plots", type=Path, default=ROOT / "docs/assets")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is stale")
-    args = parser.parse_args(argv)
-    rows = read([args.results])
+def tables(paths: Sequence[Path], rows: Sequence[Measurement], *, check: bool) -> list[Path]:
+    """Rewrite the tables of these files, unless only to check; those that were not what the results say."""
     stale = []
-    for path in args.into:
-        text = path.read_text()
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
         new = insert(text, table(rows), path)
         if new != text:
             stale.append(path)
-        if not args.check:
-            path.write_text(new)
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    return stale
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write, or check, what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="*", default=RESULTS, help="files that --out of a benchmark wrote")
+    parser.add_argument("--html", type=Path, help="write the interactive page here")
+    parser.add_argument("--plots", type=Path, help="write PNG and SVG plots into this folder")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], help="Markdown files with a table to rewrite")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is stale")
+    args = parser.parse_args(argv)
+    try:
+        rows = read(args.results)
+    except ResultsError as error:
+        print(f"report.py: error: {error}", file=sys.stderr)
+        return 2
+    if not rows:
+        print("report.py: error: these files hold no rows; run a benchmark with --out first", file=sys.stderr)
+        return 2
+    if not (args.html or args.plots or args.into):
+        args.html, args.plots = args.results[0].with_suffix(".html"), args.results[0].parent / "plots"
+    stale = tables(args.into, [row for row in rows if row.benchmark == "dispatch_combine"], check=args.check)
     if args.check:
         print("stale:" if stale else "up to date", *stale)
-        return bool(stale)
-    args.plots.mkdir(parents=True, exist_ok=True)
-    plot_roof(rows, args.plots / "bench_roof.png")
-    if args.scaling.exists():
-        plot_scaling(read([args.scaling]), args.plots / "bench_scaling.png")
-    print("wrote", *args.into, args.plots)
+        return int(bool(stale))
+    written = list(args.into)
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        args.html.write_text(page(rows), encoding="utf-8")
+        written.append(args.html)
+    if args.plots:
+        written += draw(rows, args.plots)
+    print("wrote", *written)
     return 0
 
 
