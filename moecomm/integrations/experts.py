@@ -74,7 +74,8 @@ def _why_not(experts: nn.Module) -> str | None:
         return 'experts_implementation="deepgemm_megamoe", which exchanges tokens itself'
     for key, tensor in (*every.items(), *experts.named_buffers()):
         if type(tensor.data) is not Tensor or (key in every and tensor.dtype not in _FLOATS):
-            return f"quantised weights: {key} is a {type(tensor.data).__name__} of {tensor.dtype}, not one of {_FLOATS}"
+            kind = "weights of another dtype" if tensor.dtype == torch.float64 else "quantised weights"
+            return f"{kind}: {key} is a {type(tensor.data).__name__} of {tensor.dtype}, not one of {_FLOATS}"
     if not isinstance(num_experts, int) or not own:
         return f"num_experts={num_experts!r} and {len(own)} weights of its own"
     shapes = {key: tuple(parameter.shape) for key, parameter in every.items()}
@@ -88,17 +89,19 @@ def _why_not(experts: nn.Module) -> str | None:
 
 def _refuse_ties(model: nn.Module, found: dict[str, nn.Module], rank: int) -> None:
     """Weights that experts modules share stay shared; those of an expert and something else cannot."""
-    ours = {id(p): f"{name}.{key}" for name, module in found.items() for key, p in module.named_parameters()}
-    by_memory: dict[Any, tuple[str, int]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        inside = any(name.startswith(f"{prefix}.") for prefix in found)
-        place = (id(parameter),) if parameter.device.type == "meta" else (parameter.device, parameter.data_ptr())
-        first, first_id = by_memory.setdefault(place if parameter.numel() else name, (name, id(parameter)))
-        tied = first != name and (id(parameter) != first_id or not inside or id(parameter) not in ours)
-        if tied and (id(parameter) in ours or first_id in ours):
-            what = f"{first} and {name} are tied"
-            expected = "expert weights that are tied to no others"
-            raise UnsupportedError(what, got="one memory for both", expected=expected, remedy="clone one", rank=rank)
+    first_at: dict[Any, tuple[str, nn.Parameter, bool]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        inside = any(module is experts for experts in found.values())
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.numel():
+                this = f"{prefix}.{key}", parameter, inside
+                on_meta = parameter.device.type == "meta"
+                place = id(parameter) if on_meta else (parameter.device, parameter.data_ptr())
+                first = first_at.setdefault(place, this)
+                if (first[2] or inside) and (first[1] is not parameter or first[2] != inside):
+                    what, got = f"{first[0]} and {this[0]} are tied", "one memory for both"
+                    expected = "expert weights that are tied to no others"
+                    raise UnsupportedError(what, got=got, expected=expected, remedy="clone one of them", rank=rank)
 
 
 def keep_local(experts: nn.Module, expert_ids: Sequence[int], cut: dict[nn.Parameter, nn.Parameter | None]) -> None:

@@ -63,7 +63,8 @@ def expert_parallel(
     ...
     moecomm.errors.UnsupportedError: rank 0: Linear has no experts that can be spread: got no module ...
     """
-    check_options(options, without=())
+    check_options(options)
+    given = options.pop("placement", None)
     exchange = ExpertExchange(group, **options)
     rank = exchange.group.rank
     if replicated:
@@ -72,7 +73,7 @@ def expert_parallel(
             raise UnsupportedError(what, got=group, remedy=remedy, rank=rank)
         exchange = ExpertExchange(group, replicated_over=exchange.group.process_group, **options)
     found = find_experts(model, rank)
-    placements = {name: _placement(name, experts, options, exchange) for name, experts in found.items()}
+    placements = {name: _placement(name, experts, given, exchange) for name, experts in found.items()}
     factor = 1 / exchange.batches if average_gradients else 1.0
     cut = shared_parameters(found)
     for name, experts in found.items():
@@ -83,9 +84,8 @@ def expert_parallel(
     return model
 
 
-def _placement(name: str, experts: Any, options: dict[str, Any], exchange: ExpertExchange) -> ExpertPlacement:
+def _placement(name: str, experts: Any, given: Any, exchange: ExpertExchange) -> ExpertPlacement:
     num_experts, size, rank = experts.num_experts, exchange.group.size, exchange.group.rank
-    given = options.get("placement")
     if given is None:
         return ExpertPlacement.uniform(num_experts, size)
     placement = given if isinstance(given, ExpertPlacement) else ExpertPlacement.explicit(given)

@@ -42,10 +42,12 @@ class ExpertExchange:
         replicated_over: ranks of the group that have the same tokens in the same order; each of them dispatches an
             equal share of those, so that no expert computes a token twice, and gets the results of all. None: every
             rank has tokens of its own.
-        buffer_options: of Buffer, except those that follow from the tokens: num_experts, hidden, top_k, dtype, device.
+        buffer_options: of Buffer, except those that follow from the tokens (num_experts, hidden, top_k, dtype, device),
+            and placement, which every exchange gives.
 
     Raises:
         ConfigError: no option of Buffer, or one that follows from the tokens.
+        UnsupportedError: placement.
 
     >>> exchange = ExpertExchange(reduce="source")
     >>> x, topk_idx, topk_weights = torch.ones(3, 4), torch.tensor([[0], [1], [1]]), torch.full((3, 1), 0.5)
@@ -57,7 +59,7 @@ class ExpertExchange:
         self, group: object = None, *, replicated_over: dist.ProcessGroup | None = None, **buffer_options: Any
     ) -> None:
         self.group = Group.resolve(group)
-        check_options(buffer_options, self.group.rank)
+        check_options(buffer_options, self.group.rank, without=("placement",))
         self._replicated_over = None if replicated_over is None or replicated_over.size() == 1 else replicated_over
         self._most_tokens = buffer_options.get("max_tokens_per_rank")
         self._options = {name: v for name, v in buffer_options.items() if name != "max_tokens_per_rank"}
