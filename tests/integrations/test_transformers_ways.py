@@ -1,0 +1,220 @@
+"""Hugging Face models on four ranks: loaded by transformers with FSDP, bfloat16, on meta, saved, at odd times."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import moecomm
+from moecomm.integrations.transformers import expert_parallel, register
+from moecomm.testing import RankPool, assert_error_bounded
+from tests.integrations._models import (
+    averaged,
+    build,
+    difference,
+    forward_backward,
+    rows_of,
+    tokens,
+    whole,
+    worst_gradient,
+)
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(
+        not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")),
+        reason="transformers and accelerate are not installed (pip install 'moecomm[hf]')",
+    ),
+]
+BOUND = 1e-5
+EXPERTS = "model.layers.1.mlp.experts"
+
+# -- from_pretrained -------------------------------------------------------------------------------------------------
+
+
+def loaded(rank: int, folder: str, family: str, sizes: dict[str, int], implementation: str | None) -> dict[str, Any]:
+    """Load what rank 0 saved through `register`, and compare; save it again, and load that unsharded."""
+    from transformers.distributed import DistributedConfig
+
+    register(reduce="source")
+    reference = build(family)
+    if rank == 0:
+        reference.save_pretrained(folder)
+    dist.barrier()
+    config = DistributedConfig(**sizes, ep_implementation="moecomm")
+    model = type(reference).from_pretrained(
+        folder, distributed_config=config, experts_implementation=implementation, attn_implementation="eager"
+    )
+    per_batch = 8 // sizes.get("fsdp_size", 1)  # ranks of a TP group share a batch
+    start = per_batch * (rank // sizes.get("tp_size", 1))
+    mine = slice(start, start + per_batch)
+    logits, grads = forward_backward(reference, tokens())
+    got_logits, got_grads = forward_backward(model, tokens()[mine])
+    assert got_grads.keys() == grads.keys()
+    generated = model.generate(tokens()[mine], max_new_tokens=3, do_sample=False)
+    held = model.get_submodule(EXPERTS).gate_up_proj.to_local()
+    model.save_pretrained(f"{folder}/again")
+    again = type(reference).from_pretrained(f"{folder}/again")
+    return {
+        "logits": difference(got_logits, logits[mine], logits),
+        "gradients": max(difference(whole(got_grads[name]), grads[name]) for name in grads),
+        "generates": torch.equal(generated, reference.generate(tokens(), max_new_tokens=3, do_sample=False)[mine]),
+        "held": held.numel() / reference.get_submodule(EXPERTS).gate_up_proj.numel(),
+        "saved": all(torch.equal(value, again.state_dict()[key]) for key, value in reference.state_dict().items()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "implementation"),
+    [
+        ("olmoe", {"fsdp_size": 4, "ep_size": 4}, None),
+        ("gpt_oss", {"fsdp_size": 4, "ep_size": 2}, "eager"),  # two copies of each expert, halved by FSDP
+        ("qwen3_moe", {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}, "batched_mm"),
+    ],
+)
+def test_from_pretrained_just_works(
+    ranks: RankPool, tmp_path: Path, family: str, sizes: dict[str, int], implementation: str | None
+) -> None:
+    for result in ranks.run(loaded, str(tmp_path), family, sizes, implementation):
+        assert result["logits"] <= BOUND and result["gradients"] <= BOUND, result
+        assert result["generates"] and result["saved"], result
+        assert result["held"] == pytest.approx(0.25, rel=0.02)
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def in_bfloat16(rank: int, family: str) -> dict[str, Any]:
+    exact, baseline, model = (build(family, torch.bfloat16) for _ in range(3))
+    ids = tokens()
+    logits, grads = forward_backward(exact.float(), ids)
+    base_logits, base_grads = forward_backward(baseline, ids)
+    got_logits, got_grads = forward_backward(expert_parallel(model), ids)
+    names = [name for name in grads if ".experts." not in name]
+    return {
+        "logits": (got_logits, base_logits, logits.double()),
+        **{name: (got_grads[name], base_grads[name], grads[name].double()) for name in names},
+    }
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_bfloat16_is_as_exact_as_unsharded(ranks: RankPool, family: str) -> None:
+    for name, (got, baseline, exact) in ranks.run(in_bfloat16, family)[1].items():
+        assert_error_bounded(got, baseline, exact, name)
+
+
+# -- how it is used --------------------------------------------------------------------------------------------------
+
+
+def on_meta(rank: int, folder: str) -> dict[str, Any]:
+    """Built on meta, spread, and only then given memory; saved by save_pretrained, read by from_pretrained."""
+    reference = build("mixtral")
+    with torch.device("meta"):
+        model = build("mixtral")
+    expert_parallel(model)
+    experts = [p for name, p in model.named_parameters() if ".experts." in name]
+    assert all(p.is_meta and len(p) <= 2 for p in experts), "2 of 6 experts at most"
+    assert model.state_dict()[f"{EXPERTS}.down_proj"].shape[0] == 6
+    model.load_state_dict(reference.state_dict(), assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # no part of a state dict
+    experts = [p for name, p in model.named_parameters() if ".experts." in name]
+    held = sum(p.untyped_storage().nbytes() for p in experts)
+    model.save_pretrained(folder)
+    dist.barrier()
+    again = type(model).from_pretrained(folder)
+    with torch.no_grad():
+        logits = reference(tokens()).logits
+        return {
+            "logits": difference(model(tokens()).logits, logits),
+            "held": held,
+            "needed": sum(p.numel() * 4 for p in experts),
+            "saved": torch.equal(again(tokens()).logits, logits),
+            "architecture": again.config.architectures,
+        }
+
+
+def test_meta_and_save_pretrained(ranks: RankPool, tmp_path: Path) -> None:
+    for result in ranks.run(on_meta, str(tmp_path)):
+        assert result["logits"] <= BOUND and result["held"] == result["needed"] and result["saved"], result
+        assert result["architecture"] == ["MixtralForCausalLM"]
+
+
+def trained(rank: int) -> dict[str, Any]:
+    """DDP around it, with activation checkpointing; then a larger batch, then the backward of the first."""
+    reference, model = build("qwen3_moe"), build("qwen3_moe")
+    _, grads = forward_backward(reference, tokens())
+    expert_parallel(model)
+    model.train()
+    model.gradient_checkpointing_enable()
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    mine = tokens()[rows_of(rank)]
+    loss = ddp(input_ids=mine, labels=mine, use_cache=False).loss
+    exchange = model.get_submodule(EXPERTS).sharding.exchange
+    before = len(exchange.buffers)
+    with torch.no_grad():
+        model(tokens().repeat(2, 1)[: 4 + 8 * (rank == 2)], use_cache=False)  # 120 tokens on one rank
+    loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    return {"gradients": worst_gradient(got, grads, rank), "buffers": (before, len(exchange.buffers))}
+
+
+def test_ddp_checkpointing_and_growing_batches(ranks: RankPool) -> None:
+    for result in ranks.run(trained):
+        assert result["gradients"][0] <= BOUND, result
+        assert result["buffers"] == (1, 2)
+
+
+def at_odd_times(rank: int) -> dict[str, Any]:
+    """A rank that is done generating, ranks without experts or tokens, one that saves alone, too large a batch."""
+    reference, model = build("mixtral"), expert_parallel(build("mixtral"))
+    mine = tokens()[rows_of(rank)][:1]
+    first = int(reference.generate(tokens()[:1], max_new_tokens=1, do_sample=False)[0, -1])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": first}
+    generated, expected = model.generate(mine, **options), reference.generate(mine, **options)
+    length = expected.shape[1]
+    results: dict[str, Any] = {"stops": generated.shape[1] >= length and torch.equal(generated[:, :length], expected)}
+    results["length"] = length
+
+    few, few_reference = build("mixtral", num_local_experts=2), build("mixtral", num_local_experts=2)
+    expert_parallel(few, placement=[[], [1], [], [0]])
+    logits, grads = forward_backward(few_reference, tokens())
+    got_logits, got_grads = forward_backward(few, tokens()[rows_of(rank)])
+    kept = [[], [1], [], [0]][rank]
+    worst = [
+        difference(grad, grads[name][kept] if ".experts." in name else grads[name], grads[name])
+        for name, grad in averaged(got_grads).items()
+    ]
+    results["few"] = max(worst) <= BOUND and difference(got_logits, logits[rows_of(rank)], logits) <= BOUND
+
+    layer = few.get_submodule(EXPERTS)
+    x = torch.ones(0 if rank == 1 else 3, 32, requires_grad=True)
+    y = layer(x, torch.ones(len(x), 2, dtype=torch.int64), torch.ones(len(x), 2) / 2)
+    y.sum().backward()
+    assert x.grad is not None
+    results["no tokens"] = y.shape == x.shape and x.grad.shape == x.shape
+
+    saver = expert_parallel(build("mixtral"), dist.new_group(), timeout_s=1, max_tokens_per_rank=8)
+    try:
+        saver(tokens())
+    except moecomm.CapacityError as error:
+        results["capacity"] = "got 80; expected at most max_tokens_per_rank=8" in str(error)
+    try:
+        if rank == 0:
+            saver.state_dict()
+    except moecomm.StallError as error:
+        results["stall"] = error.peers
+    dist.barrier()
+    return results
+
+
+def test_odd_times(ranks: RankPool) -> None:
+    results = ranks.run(at_odd_times)
+    for result in results:
+        assert result["stops"] and result["few"] and result["no tokens"] and result["capacity"], result
+    assert len({result["length"] for result in results}) > 1, "one rank is done before the others"
+    assert results[0]["stall"] == (1, 2, 3)
