@@ -133,7 +133,7 @@ class HybridEPBuffer:
         chosen, probs = self._dense(hidden, routing_map, probs, topk_idx, topk_weights, num_of_experts)
         num_experts = chosen.shape[1]
         if probs is not None:
-            probs = demand_tensor("probs", probs, len(hidden), num_experts).float().contiguous()
+            probs = demand_tensor("probs", probs, len(hidden), num_experts).detach().float().contiguous()
         experts = torch.arange(num_experts, dtype=torch.int32, device=hidden.device)
         space = Space(num_experts=num_experts, top_k=num_experts, num_tokens=room_for(self.max_num_of_tokens_per_rank))
         align = pad_multiple or 1
@@ -194,7 +194,7 @@ class HybridEPBuffer:
         demand(len(parcel.x) == expected, "hidden does not fit the handle", got=got, expected=expected)
         if probs is not None:
             demand_tensor("probs", probs, *handle.routing_map.shape)
-        again = Parcel(parcel.x, parcel.scales, None, None if probs is None else probs.float(), 1)
+        again = Parcel(parcel.x, parcel.scales, None, None if probs is None else probs.detach().float(), 1)
         beside, weights, scales = again.beside_again(), None, None
         came = self._wire.replay(handle.space, parcel.x, beside, handle.handle)
         rows = came if beside is None else came[0]

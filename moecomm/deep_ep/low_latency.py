@@ -122,7 +122,7 @@ class LowLatencyMode:
         _stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size, torch.int64)
         idx = self._unmasked(topk_idx if topk_idx.dtype.itemsize >= 4 else topk_idx.int(), num_experts)
         scales = None
-        rows, token = x, torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
+        rows, token = x.detach(), torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
         if use_fp8:
             rows, scales = quantize(x, QuantSpec(scales=_SCALES[max(2 * use_ue8m0, round_scale)]))
             scales = _packed_exponents(scales) if use_ue8m0 else scales
@@ -199,11 +199,11 @@ class LowLatencyMode:
         copy_rows(rows, x.flatten(0, 1) if x.is_contiguous() else _flat(x), shipment.slots)
         if use_logfmt:
             rows = dequantize(*quantize(rows, "logfmt10"), rows.dtype, rows.shape[1])
-        home = replace(shipment.handle, topk_weights=topk_weights.contiguous())
+        home = replace(shipment.handle, topk_weights=topk_weights.detach().contiguous())
         left_out = (topk_idx < 0) & (home.topk_idx >= 0)
         if bool(left_out.any()):
             home = replace(home, send_pos=home.send_pos.masked_fill(left_out, -1))
-        pending = self._wire.combine_async(shipment.space, rows, home, weighted=True)
+        pending = self._wire.combine_async(shipment.space, rows, home)
         result = rows.new_empty(len(topk_idx), x.shape[2]) if out is None else out
 
         @cache

@@ -46,7 +46,9 @@ class Parcel:
         if topk_weights is not None:
             top_k = None if topk_idx is None else topk_idx.shape[1]
             demand_tensor("topk_weights", topk_weights, len(x), top_k, dtypes=(torch.float32,))
-        return cls(x, scales, topk_idx, topk_weights, num_channels)
+        scales = None if scales is None else scales.detach()
+        topk_weights = None if topk_weights is None else topk_weights.detach()
+        return cls(x.detach(), scales, topk_idx, topk_weights, num_channels)
 
     def beside(self) -> Tensor:
         """(T, 2 + K + K + S) int32: token and channel, choices, weights, scales."""

@@ -69,18 +69,16 @@ class Wire:
         got = made.buffer.dispatch(x if beside is None else (x, beside), handle=made.own(handle)).x
         return got[0] if empty else got
 
-    def combine(
-        self, space: Space, rows: Tensor, handle: DispatchHandle, *, weighted: bool = False, bias: Tensor | None = None
-    ) -> Tensor:
-        """Lead rows home and sum them."""
-        return self.combine_async(space, rows, handle, weighted=weighted, bias=bias).wait()
-
-    def combine_async(
-        self, space: Space, rows: Tensor, handle: DispatchHandle, *, weighted: bool = False, bias: Tensor | None = None
-    ) -> moecomm.Pending[Tensor]:
-        """`combine` that has been started."""
+    def combine(self, space: Space, rows: Tensor, handle: DispatchHandle, *, bias: Tensor | None = None) -> Tensor:
+        """Lead rows home and sum them as they are."""
         made = self._buffer(space, rows, row_bytes(rows))
-        return made.buffer.combine_async(rows, made.own(handle), weighted=weighted, bias=bias)
+        bias = None if bias is None else bias.detach()
+        return made.buffer.combine(rows.detach(), made.own(handle), weighted=False, bias=bias)
+
+    def combine_async(self, space: Space, rows: Tensor, handle: DispatchHandle) -> moecomm.Pending[Tensor]:
+        """Start to lead rows home and sum them, each multiplied by its weight."""
+        made = self._buffer(space, rows, row_bytes(rows))
+        return made.buffer.combine_async(rows.detach(), made.own(handle))
 
     def buffers(self) -> Iterator[moecomm.Buffer]:
         """Those that were made."""
