@@ -26,7 +26,7 @@ from moecomm.plan import PlacementTables
 from moecomm.topology import Topology
 from moecomm.transport import build, select
 from moecomm.transport._symmetric_device import KernelTransport
-from moecomm.transport.base import TransportOptions
+from moecomm.transport.base import NUM_AREAS, TransportOptions
 
 T = TypeVar("T")
 
@@ -122,6 +122,7 @@ class Buffer:
             num_segments=num_segments,
             buffer_id=buffer_ids[0],
             kernels=kernel_shape(self.config),
+            slot_bytes=memory.padded_bytes // NUM_AREAS,
         )
         self._core = Core(
             transport=build(chosen, self._group, self._topology, options),
@@ -321,10 +322,10 @@ class Buffer:
     ) -> MemoryPlan:
         """Say what a buffer of several ranks on one host reserves on each, before anything is allocated.
 
-        The other transports reserve nothing: they allocate per operation what it needs.
+        The other transports allocate per operation what it needs; "local" reserves `padded_bytes` too.
 
         >>> plan = Buffer.plan_memory(num_ranks=4, num_experts=64, hidden=7168, top_k=8, max_tokens_per_rank=1024)
-        >>> plan.total_bytes == plan.num_segments * plan.segment_bytes + plan.mail_bytes
+        >>> plan.total_bytes == plan.num_segments * plan.segment_bytes + plan.mail_bytes + plan.padded_bytes
         True
         """
         config = BufferConfig.of(

@@ -35,6 +35,7 @@ _MEANT = {
     "topk_weights": "pass one weight for each choice of each token",
     "rows": "pass one row for each row that dispatch gave, in the same order",
     "bias": "pass one row for each token that this rank dispatched",
+    "out": "pass a tensor for what the operation gives",
 }
 
 
@@ -365,11 +366,15 @@ class Checker:
         if not isinstance(handle, DispatchHandle):
             what, got, remedy = "handle is no DispatchHandle", type(handle).__name__, "pass the one in `out.handle`"
             raise self.error(ConfigError, what, got=got, expected="what dispatch gave", remedy=remedy)
-        if handle.buffer_id != self.buffer_id:
+        self.same_buffer(handle.buffer_id)
+
+    def same_buffer(self, buffer_id: int) -> None:
+        """Check that what a handle says of its buffer is true of this one."""
+        if buffer_id != self.buffer_id:
             raise self.error(
                 StaleHandleError,
                 "the handle belongs to another buffer",
-                got=f"a handle of buffer {handle.buffer_id:x}",
+                got=f"a handle of buffer {buffer_id:x}",
                 expected=f"one of buffer {self.buffer_id:x}",
                 remedy="combine and replay on the rank and the buffer that dispatched",
             )

@@ -7,9 +7,10 @@ from typing import final
 
 from moecomm.checks import MAX_ALIGN, BufferConfig
 from moecomm.memory.mail import mail_bytes
+from moecomm.quant import FORMATS, QuantSpec
 from moecomm.rows import backend as rows_backend
 from moecomm.topology import Topology
-from moecomm.transport.base import KernelShape, Support
+from moecomm.transport.base import NUM_AREAS, SLOT_ALIGN_BYTES, KernelShape, Support
 
 _PAGE_BYTES = 4096
 
@@ -22,16 +23,19 @@ class MemoryPlan:
     segment_bytes: one receive area, for the worst case (every token of every rank comes here).
     num_segments: how many of them; arrived rows may be kept in all but two.
     mail_bytes: what its peers write signals and counts to.
+    padded_bytes: the slots of layout "padded", two generations each way. A dispatch of T tokens commits T * K of its rows.
     total_bytes: what is reserved, exactly.
     uniform_bytes: what one dispatch commits when the routing is uniform.
 
-    >>> MemoryPlan(segment_bytes=4096, num_segments=2, mail_bytes=64, total_bytes=8256, uniform_bytes=9).total_bytes
-    8256
+    >>> plan = MemoryPlan(segment_bytes=9, num_segments=2, mail_bytes=6, padded_bytes=8, total_bytes=32, uniform_bytes=1)
+    >>> plan.total_bytes
+    32
     """
 
     segment_bytes: int
     num_segments: int
     mail_bytes: int
+    padded_bytes: int
     total_bytes: int
     uniform_bytes: int
 
@@ -50,7 +54,16 @@ def memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
     segment = -(-(max(out_bytes, home_bytes) + _PAGE_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
     uniform = tokens * top_k * entry_bytes + tables // num_ranks
     mail = mail_bytes(num_ranks, count_bytes(config, num_ranks))
-    return MemoryPlan(segment, config.num_segments, mail, segment * config.num_segments + mail, uniform)
+    padded = NUM_AREAS * slot_bytes(config, num_ranks)
+    total = segment * config.num_segments + mail + padded
+    return MemoryPlan(segment, config.num_segments, mail, padded, total, uniform)
+
+
+def slot_bytes(config: BufferConfig, num_ranks: int) -> int:
+    """One area of slots: a row with what travels beside it for every expert, rank and token."""
+    rows = max(config.placement.experts_per_rank) * num_ranks * config.max_tokens_per_rank
+    row = max(config.row_bytes, *(QuantSpec.of(name).row_bytes(config.hidden) for name in FORMATS))
+    return -(-(rows * row + SLOT_ALIGN_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
 
 
 def count_bytes(config: BufferConfig, num_ranks: int) -> int:

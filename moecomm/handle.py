@@ -12,6 +12,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 _STATIC = ("layout", "align", "buffer_id")
+_PADDED_STATIC = ("number", "buffer_id")
 
 
 @final
@@ -77,6 +78,43 @@ HANDLE_TENSORS = tuple(f.name for f in fields(DispatchHandle) if f.name not in _
 
 @final
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class PaddedHandle:
+    """A dispatch in layout "padded": lead its rows home, or replay its routing, until the second one after it.
+
+    A pytree. Its tensors lie in memory of the buffer, which that second dispatch writes to: a handle that is used then
+    raises StaleHandleError.
+
+    topk_idx: (T, K) int64 global expert ids, -1 for none.
+    topk_weights: (T, K) float32, all 1 if dispatch got none.
+    places: (T, K) int32 row `local expert * W * M + this rank * M + slot` of each entry at its expert's rank, -1 for none.
+    number: of the dispatch on its buffer.
+
+    >>> import torch, moecomm
+    >>> with moecomm.Buffer(num_experts=2, hidden=4, top_k=1, max_tokens_per_rank=8, dtype=torch.float32) as buffer:
+    ...     out = buffer.dispatch(torch.ones(2, 4), torch.tensor([[1], [0]]), layout="padded")
+    >>> out.handle.places.tolist(), out.handle.num_tokens
+    ([[8], [0]], 2)
+    """
+
+    topk_idx: Tensor
+    topk_weights: Tensor
+    places: Tensor
+    number: int
+    buffer_id: int
+
+    @property
+    def num_tokens(self) -> int:
+        """T, tokens of this rank."""
+        return self.topk_idx.shape[0]
+
+    @property
+    def layout(self) -> str:
+        """Always "padded"."""
+        return "padded"
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Dispatched:
     """What this rank received. N rows; a pytree of tensors.
 
@@ -84,10 +122,13 @@ class Dispatched:
         (Typed Any, since the caller knows which of the two he sent.)
     expert_offsets: (L,) int32 end of each local expert's padded group, ready for `grouped_mm(offs=)`; layout "expert".
     tokens_per_expert: (L,) int32 rows of each local expert without padding.
-    row_weights: (N,) float32 weight of each row, 0 in padding; None in layout "rank".
-    topk_idx: (N, K) int32 local expert ids, -1 for experts elsewhere; None in layout "expert".
-    topk_weights: (N, K) float32, 0 for experts elsewhere; None in layout "expert".
+    row_weights: (N,) float32 weight of each row, 0 in padding; layout "expert".
+    topk_idx: (N, K) int32 local expert ids, -1 for experts elsewhere; layout "rank".
+    topk_weights: (N, K) float32, 0 for experts elsewhere; layout "rank".
     handle: leads rows home.
+    ranges: (L, W, 2) int32 first row and end of what each rank sent to each local expert; layout "padded", where x is
+        (L, W * M, H), rows outside of the ranges hold anything, and all of it is memory of the buffer: x until its
+        combine, the counts until the second dispatch after this one.
 
     >>> import torch, moecomm
     >>> with moecomm.Buffer(num_experts=2, hidden=1, top_k=1, max_tokens_per_rank=8, dtype=torch.float32) as buffer:
@@ -102,7 +143,13 @@ class Dispatched:
     row_weights: Tensor | None
     topk_idx: Tensor | None
     topk_weights: Tensor | None
-    handle: DispatchHandle
+    handle: Any  # DispatchHandle, or PaddedHandle in layout "padded"
+    ranges: Tensor | None = None
+
+    @property
+    def expert_counts_L(self) -> Tensor:
+        """`tokens_per_expert` under the name that decode kernels give it: (L,) int32 on the device."""
+        return self.tokens_per_expert
 
 
 def _register(cls: type[Any], static: tuple[str, ...]) -> None:
@@ -127,6 +174,7 @@ def _register(cls: type[Any], static: tuple[str, ...]) -> None:
 
 
 _register(DispatchHandle, _STATIC)
+_register(PaddedHandle, _PADDED_STATIC)
 _register(Dispatched, ())
 
 

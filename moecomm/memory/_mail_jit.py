@@ -8,6 +8,8 @@ from llvmlite import ir
 
 from moecomm._jit import BOOL, I8, I32, I64, Kernel, finish, function, i64, index_at, loop, row_at, store
 
+_MONOTONIC = 1  # linux/time.h
+
 
 @cache
 def post_kernel() -> Kernel:
@@ -38,24 +40,40 @@ def post_kernel() -> Kernel:
 def await_kernel() -> Kernel:
     """Compile: wait until all letters carry at least the stamp; 1 if they do, else 0 with `flag` set.
 
-    Arguments: n, places (n addresses), stamp, tries, flag (address). Between tries other processes get their turn.
+    Arguments: n, places (n addresses), stamp, tries, flag (address), clock (address). Between tries other processes
+    get their turn. With tries the wait begins, without it goes on: `clock` is 1 + 2n int64 words, when it began (ns),
+    then for each letter whether it was seen, then the total time (ns) it was waited for.
     """
-    fn, b, (count, places, stamp, tries, flag) = function("wait", 5)
+    fn, b, (count, places, stamp, tries, flag, clock) = function("wait", 6)
     sched_yield = ir.Function(b.module, ir.FunctionType(I32, []), "sched_yield")
-
+    clock_gettime = ir.Function(b.module, ir.FunctionType(I32, [I32, I8.as_pointer()]), "clock_gettime")
+    moment = b.alloca(I64, i64(2))
     sleeping = b.inttoptr(flag, I64.as_pointer())
+    seen, waited = (b.add(clock, b.mul(i64(8), at)) for at in (i64(1), b.add(count, i64(1))))
+
+    def now() -> ir.Value:
+        b.call(clock_gettime, [ir.Constant(I32, _MONOTONIC), b.bitcast(moment, I8.as_pointer())])
+        return b.add(b.mul(b.load(moment), i64(1_000_000_000)), b.load(b.gep(moment, [i64(1)])))
 
     def look(*, awake: bool = True) -> None:
         """Return 1 if everything is there."""
         with loop(b, i64(0), count, 1, ir.Constant(BOOL, 1)) as at:
             place = b.inttoptr(index_at(b, places, at.i, 64), I64.as_pointer())
             there = b.icmp_signed(">=", b.load_atomic(place, "acquire", 8), stamp)
+            with b.if_then(b.and_(there, b.icmp_signed("==", index_at(b, seen, at.i, 64), i64(0)))):
+                took = b.sub(now(), index_at(b, clock, i64(0), 64))
+                store(b, b.add(index_at(b, waited, at.i, 64), took), row_at(b, waited, at.i, i64(8)))
+                store(b, i64(1), row_at(b, seen, at.i, i64(8)))
             at.next = [b.and_(at.carried[0], there)]
         with b.if_then(at.carried[0]):
             if not awake:
                 b.store_atomic(i64(0), sleeping, "monotonic", 8)
             b.ret(i64(1))
 
+    with b.if_then(b.icmp_signed(">", tries, i64(0))):
+        store(b, now(), clock)
+        with loop(b, i64(0), count, 1) as at:
+            store(b, i64(0), row_at(b, seen, at.i, i64(8)))
     look()
     with loop(b, i64(0), tries, 1):
         b.call(sched_yield, [])

@@ -70,7 +70,7 @@ class Channel:
         self._first_tickets: dict[int, int] = {}
         self._num_gathered = 0
         self._all_done = -1  # the last operation whose rows are known to be here
-        self._last_tag = ""  # of the operation before the next one
+        self._last = 0, ""  # sequence number and tag of the last exchange
         self._poll = select.poll()
         self._rank_of_fd: dict[int, int] = {}
         try:
@@ -92,28 +92,28 @@ class Channel:
         for at in range(0, max(len(counts), 1), size):
             number, part = self._num_gathered, counts[at : at + size]
             self._num_gathered += 1
-            self._post(Kind.ARRIVE, number, seq, tag, -1, part)
-            self._wait(Kind.ARRIVE, number, seq, tag)
+            self.post(Kind.ARRIVE, number, seq, tag, -1, part)
+            self.wait(Kind.ARRIVE, number, seq, tag)
             parts.append(self._box().gathered(number, len(part)))
         return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
 
-    def tickets(self, seq: int) -> dict[int, int]:
-        """Wait until every peer has said where it wants the rows of operation `seq`."""
-        if not seq:
+    def tickets(self, number: int) -> dict[int, int]:
+        """Wait until every peer has said where it wants the rows of exchange `number`."""
+        if not number:
             return self._first_tickets
-        if self._all_done < seq - 1:
-            self._wait(Kind.DONE, seq - 1, seq - 1, self._last_tag)
-        return self._box().tickets(seq - 1)
+        if self._all_done < number - 1:
+            self.wait(Kind.DONE, number - 1, *self._last)
+        return self._box().tickets(number - 1)
 
-    def done(self, seq: int, tag: str, ticket: int) -> None:
-        """Say that this rank's rows of operation `seq` are written, and where it wants those of the next one."""
-        self._last_tag = tag
-        self._post(Kind.DONE, seq, seq, tag, ticket)
+    def done(self, number: int, seq: int, tag: str, ticket: int) -> None:
+        """Say that this rank's rows of exchange `number` are written, and where it wants those of the next one."""
+        self._last = seq, tag
+        self.post(Kind.DONE, number, seq, tag, ticket)
 
-    def all_done(self, seq: int, tag: str) -> None:
-        """Wait until all peers have written their rows of operation `seq`."""
-        self._wait(Kind.DONE, seq, seq, tag)
-        self._all_done = max(self._all_done, seq)
+    def all_done(self, number: int, seq: int, tag: str) -> None:
+        """Wait until all peers have written their rows of an exchange."""
+        self.wait(Kind.DONE, number, seq, tag)
+        self._all_done = max(self._all_done, number)
 
     def abort(self, error: MoECommError, tag: str = "") -> None:
         """Tell every peer that can be told why this rank gives up, and (tag) what it was doing."""
@@ -156,6 +156,10 @@ class Channel:
         self._mail = None
         self._poll = select.poll()
 
+    def waited_s(self) -> np.ndarray:
+        """(W,) seconds for which this rank waited for each of the others."""
+        return np.zeros(self.group.size) if self._mail is None else self._mail.waited_s(self.group.size)
+
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def _box(self) -> Mail:
@@ -164,13 +168,16 @@ class Channel:
             raise PeerLostError(what, rank=self.group.rank, peers=self.peers)
         return self._mail
 
-    def _post(self, kind: Kind, number: int, seq: int, tag: str, ticket: int, counts: np.ndarray | None = None) -> None:
+    def post(
+        self, kind: Kind, number: int, seq: int, tag: str, ticket: int = -1, counts: np.ndarray | None = None
+    ) -> None:
+        """Send letter `number` of a kind, in operation `seq`, to all peers; wake those that sleep."""
         for peer in self._box().post(kind, number, seq=seq, tag=tag, ticket=ticket, payload=counts):
             # It has unread messages, which wake it as well; or it is gone, which reading will tell.
             with contextlib.suppress(OSError):
                 self._send(peer, Signal.WAKE)
 
-    def _wait(self, kind: Kind, number: int, seq: int, tag: str) -> None:
+    def wait(self, kind: Kind, number: int, seq: int, tag: str) -> None:
         """Wait until all peers have sent that letter, and see that they do the same in operation `seq`."""
         mail, patient = self._box(), True
         start = time.monotonic()

@@ -12,6 +12,7 @@ only when its letter has been read, which the protocol of the transport sees to.
 from __future__ import annotations
 
 import math
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -37,6 +38,9 @@ class Kind(IntEnum):
 
     ARRIVE = 0  # the sender takes part in a gathering; with its bytes
     DONE = 1  # the sender's rows of an operation are written; ticket: where it wants those of the next one
+    OUT = 2  # the sender's rows of a padded dispatch lie in their slots; with how many there are for each expert
+    HOME = 3  # the sender's rows of a padded combine can be read
+    FREE = 4  # the sender has no more use for what lies in its slots
 
 
 def letter_bytes(payload_bytes: int) -> int:
@@ -98,15 +102,21 @@ class Mail:
         self._draft_head = self._draft[:_HEAD_BYTES].view(np.int64)
         self._draft_tag = ""
         self._asleep = np.zeros(len(boxes), np.int64)
+        self._clock = np.zeros(1 + 2 * len(self.peers), np.int64)  # see `_mail_jit.await_kernel`
         order = [rank, *self.peers]
         self._flags = np.array([boxes[to].data_ptr() for to in order], np.int64)
-        self._addresses = [int(array.ctypes.data) for array in (self._draft, self._flags, self._asleep)]
+        self._addresses = [int(array.ctypes.data) for array in (self._draft, self._flags, self._asleep, self._clock)]
         self._box = int(self._flags[0])
         place = np.arange(len(Kind) * PLACES * num_ranks).reshape(shape[:3]) * self._stride + _FLAG_BYTES
         # (kind, place) -> where this rank writes in every box, and where peers write in this one.
         self._outward = np.ascontiguousarray(self._flags + place[..., rank, None])
         self._inward = np.ascontiguousarray(boxes[rank].data_ptr() + place[..., self.peers])
         self._starts = int(self._outward.ctypes.data), int(self._inward.ctypes.data)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether letters are read and written in machine code, without a system call."""
+        return self._jit is not None
 
     def post(
         self, kind: Kind, number: int, *, seq: int, tag: str, ticket: int = -1, payload: np.ndarray | None = None
@@ -130,7 +140,7 @@ class Mail:
                 target[8:] = self._draft[8:size]
                 target[:8].view(np.int64)[0] = number + 1
             return self.peers
-        draft, flags, asleep = self._addresses
+        draft, flags, asleep, _ = self._addresses
         places = self._starts[0] + 8 * len(self._flags) * _place(kind, number)
         self._jit.post_kernel()(len(self._flags), places, draft, size, number + 1, flags, asleep)
         return [peer for peer, sleeps in zip(self.peers, self._asleep[1:].tolist(), strict=True) if sleeps]
@@ -141,10 +151,27 @@ class Mail:
         If not, this rank counts as asleep until `woke`, and a later letter of any kind will wake it.
         """
         if self._jit is None:
-            return not self.missing(kind, number)
+            return self._look(kind, number, begins=patient)
         places = self._starts[1] + 8 * len(self.peers) * _place(kind, number)
         tries, flag = _TRIES if patient else 0, self._box
-        return bool(self._jit.await_kernel()(len(self.peers), places, number + 1, tries, flag))
+        return bool(self._jit.await_kernel()(len(self.peers), places, number + 1, tries, flag, self._addresses[3]))
+
+    def _look(self, kind: Kind, number: int, *, begins: bool) -> bool:
+        """`_mail_jit.await_kernel` without compiler, and without patience."""
+        start, seen, waited = self._clock[:1], *self._clock[1:].reshape(2, -1)
+        if begins:
+            start[0], seen[:] = time.monotonic_ns(), 0
+        missing = self.missing(kind, number)
+        arrived = np.array([not was and peer not in missing for peer, was in zip(self.peers, seen, strict=True)], bool)
+        waited[arrived] += time.monotonic_ns() - start[0]
+        seen[arrived] = 1
+        return not missing
+
+    def waited_s(self, num_ranks: int) -> np.ndarray:
+        """(num_ranks,) seconds for which this rank waited for letters of each rank; 0 for those without a box here."""
+        total = np.zeros(num_ranks)
+        total[self.peers] = self._clock[1 + len(self.peers) :] / 1e9
+        return total
 
     def woke(self) -> None:
         """This rank looks at its letters again."""
@@ -178,6 +205,10 @@ class Mail:
         """What tickets came with the letters DONE of that number."""
         tickets = self._heads[Kind.DONE, number % PLACES, :, 3].tolist()
         return {peer: tickets[peer] for peer in self.peers}
+
+    def payload_at(self, kind: Kind, number: int) -> tuple[int, int]:
+        """Where the payload of letter `number` of a kind from rank 0 lies, and the bytes from there to that of rank 1."""
+        return int(self._payloads[kind, number % PLACES].ctypes.data), self._stride
 
     def gathered(self, number: int, count: int) -> np.ndarray:
         """(num_ranks, count) int32 payloads of the letters ARRIVE of that number, 0 from who has no box here."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moecomm.errors import ConfigError, UnsupportedError
@@ -64,7 +66,7 @@ def build(cls: type[Transport], group: Group, topology: Topology, options: Trans
         for _ in range(2):
             twin = group.duplicate(timeout_s=options.timeout_s)
             made.append(flat(twin, topology, options))
-        made.append(SymmetricTransport(group, topology, options))
+        made.append(SymmetricTransport(group, topology, replace(options, slot_bytes=0)))
         return HierarchicalTransport(group, topology, options, between=made[0], control=made[1], inside=made[2])
     except BaseException:
         for transport in made:

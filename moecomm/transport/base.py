@@ -12,6 +12,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,12 +134,53 @@ class Exchange(ABC):
         """The outputs that are not owned are no longer needed."""
 
 
+class Wave(IntEnum):
+    """What ranks say about slots: rows went out, can come home, or are no longer needed."""
+
+    OUT = 0
+    HOME = 1
+    FREE = 2
+
+
+NUM_AREAS = 4  # of slots: two generations for rows on their way out, and two for rows on their way home
+
+
+SLOT_ALIGN_BYTES = 64  # where scales begin behind the rows of an area
+
+
+class Slots(ABC):
+    """Fixed places for rows in the memory of every rank, which every rank can reach: for layout "padded".
+
+    memory: (4 * area_bytes,) uint8 this rank's four areas, out 0, out 1, home 0, home 1.
+    addresses: (4, W) int64 where each area begins in every rank.
+    """
+
+    def __init__(self, memory: Tensor, starts: np.ndarray) -> None:
+        self.memory = memory
+        area_bytes = memory.numel() // NUM_AREAS
+        self.areas = memory.view(NUM_AREAS, area_bytes).unbind(0)
+        self.addresses = starts + area_bytes * np.arange(NUM_AREAS)[:, None]
+
+    @abstractmethod
+    def post(self, wave: Wave, number: int, tag: str, counts: np.ndarray | None = None) -> None:
+        """Say, after everything written so far, that this rank reached `number` of a wave; counts: (E,) int32."""
+
+    @abstractmethod
+    def wait(self, wave: Wave, number: int, tag: str) -> None:
+        """Wait until every rank said so; `tag` must agree."""
+
+    @abstractmethod
+    def counts_at(self, number: int) -> tuple[int, int]:
+        """The address of the counts that rank 0 sent with OUT `number`, and the bytes from one rank to the next."""
+
+
 class Transport(ABC):
     """Moves rows between the ranks of one group."""
 
     name: str
     group: Group
     node_of_rank: np.ndarray | None = None  # (W,) of a transport that merges rows per node
+    slots: Slots | None = None  # where ranks reach each other's memory
 
     @abstractmethod
     def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
@@ -163,8 +206,8 @@ class Transport(ABC):
     def abort(self, error: MoECommError) -> None:  # noqa: B027
         """Tell the peers, where that is possible, that this rank gave up in the middle of an operation."""
 
-    def stats(self) -> dict[str, int]:
-        """Counters of this transport."""
+    def stats(self) -> dict[str, Any]:
+        """Counters of this transport; `waited_s`, if it knows, is (W,) float64 seconds waited for each rank."""
         return {}
 
     @property
@@ -194,6 +237,7 @@ class TransportOptions:
 
     segment_bytes: bytes of one receive area. count_bytes: bytes of what a rank says before a planned dispatch.
     buffer_id: unique in the group, the same on all its ranks. kernels: for a transport that is made of kernels.
+    slot_bytes: bytes of one of the areas for layout "padded", 0 for none.
     """
 
     device: torch.device
@@ -203,6 +247,7 @@ class TransportOptions:
     num_segments: int
     buffer_id: int
     kernels: KernelShape | None = None
+    slot_bytes: int = 0
 
 
 def as_bytes(rows: Tensor) -> Tensor:

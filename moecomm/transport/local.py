@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import final
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from moecomm.group import Group
+from moecomm.memory.host import HostMemory, host_memory_support
 from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
-from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
+from moecomm.transport.base import NUM_AREAS, Exchange, Lane, Slots, Support, Transport, TransportOptions, Wave
 
 
 @final
@@ -50,6 +52,29 @@ class LocalExchange(Exchange):
 
 
 @final
+class LocalSlots(Slots):
+    """Slots in this rank's own memory, whose pages are committed when they are first written."""
+
+    def __init__(self, nbytes: int) -> None:
+        fd = HostMemory.create(nbytes)  # any other memory of that size might count as taken at once
+        try:
+            memory = HostMemory(fd, nbytes).tensor
+        finally:
+            os.close(fd)
+        super().__init__(memory, np.array([memory.data_ptr()], np.int64))
+        self._counts = [np.empty(0, np.int32)] * 2
+
+    def post(self, wave: Wave, number: int, tag: str, counts: np.ndarray | None = None) -> None:
+        if counts is not None:
+            self._counts[number % 2] = counts
+
+    def wait(self, wave: Wave, number: int, tag: str) -> None: ...
+
+    def counts_at(self, number: int) -> tuple[int, int]:
+        return int(self._counts[number % 2].ctypes.data), 0
+
+
+@final
 class LocalTransport(Transport):
     """A group of one rank."""
 
@@ -58,6 +83,8 @@ class LocalTransport(Transport):
     def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
         self.group = group
         self._device = options.device
+        if options.slot_bytes and options.device.type == "cpu" and host_memory_support() is None:
+            self.slots = LocalSlots(NUM_AREAS * options.slot_bytes)
 
     @classmethod
     def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
@@ -71,4 +98,9 @@ class LocalTransport(Transport):
     def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
         return LocalExchange(lanes, self._device)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.slots = None
+
+    @property
+    def allocated_bytes(self) -> int:
+        return 0 if self.slots is None else self.slots.memory.numel()

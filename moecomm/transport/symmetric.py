@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from moecomm.group import Group
 from moecomm.memory.channel import Channel
 from moecomm.memory.device import device_memory_support, moves_by_kernels
 from moecomm.memory.host import HostMemory, SegmentPool, host_memory_support
-from moecomm.memory.mail import Mail, mail_bytes
+from moecomm.memory.mail import PLACES, Kind, Mail, mail_bytes
 from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
-from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
+from moecomm.transport.base import NUM_AREAS, Exchange, Lane, Slots, Support, Transport, TransportOptions, Wave
 
 LANE_ALIGN_BYTES = 64
 
@@ -43,7 +43,7 @@ class SymmetricTransport(Transport):
         self.group = group
         box = mail_bytes(group.size, options.count_bytes)
         segments = options.segment_bytes * options.num_segments
-        nbytes = segments + box
+        nbytes = segments + box + NUM_AREAS * options.slot_bytes
         fd = HostMemory.create(nbytes)
         try:
             memory = HostMemory(fd, nbytes)
@@ -65,11 +65,15 @@ class SymmetricTransport(Transport):
         for rank, mapped in self._memory_of.items():
             self.addresses[rank] = mapped.data_ptr()
         boxes = {rank: mapped[segments : segments + box] for rank, mapped in self._memory_of.items()}
-        self.channel.attach(Mail(boxes, group.rank, group.size, options.count_bytes))
-        self.seq = 0
+        mail = Mail(boxes, group.rank, group.size, options.count_bytes)
+        self.channel.attach(mail)
+        self.seq = 0  # of the next operation
+        self.num_exchanges = 0
         self.unwaited: deque[SymmetricExchange] = deque()
         self.num_copies = 0
         self._nbytes = nbytes
+        if options.slot_bytes and mail.is_fast:
+            self.slots = HostSlots(memory.tensor[segments + box :], self.addresses + segments + box, self, mail)
 
     @classmethod
     def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
@@ -96,8 +100,9 @@ class SymmetricTransport(Transport):
     def abort(self, error: MoECommError) -> None:
         self.channel.abort(error)
 
-    def stats(self) -> dict[str, int]:
-        return {"leases": self.pool.num_leases, "copies": self.num_copies, "free_segments": self.pool.num_free}
+    def stats(self) -> dict[str, Any]:
+        counted = {"leases": self.pool.num_leases, "copies": self.num_copies, "free_segments": self.pool.num_free}
+        return counted | {"waited_s": torch.from_numpy(self.channel.waited_s())}
 
     @property
     def allocated_bytes(self) -> int:
@@ -135,9 +140,10 @@ class SymmetricExchange(Exchange):
                 rank=self._rank,
             )
         self._offsets = ends - sizes  # (lanes, W)
-        self._seq = transport.seq
-        self._segments = transport.channel.tickets(self._seq) | {self._rank: self._segment}
+        self._seq, self._number = transport.seq, transport.num_exchanges
+        self._segments = transport.channel.tickets(self._number) | {self._rank: self._segment}
         transport.seq += 1
+        transport.num_exchanges += 1
         starts = transport.addresses.copy()
         for rank, segment in self._segments.items():
             starts[rank] += segment * transport.pool.segment_bytes
@@ -170,11 +176,11 @@ class SymmetricExchange(Exchange):
         transport = self._transport
         transport.unwaited.append(self)
         transport.ticket = transport.reserve()
-        transport.channel.done(self._seq, self._tag, transport.ticket)
+        transport.channel.done(self._number, self._seq, self._tag, transport.ticket)
 
     def wait(self) -> list[Tensor]:
         if self._out is None:
-            self._transport.channel.all_done(self._seq, self._tag)
+            self._transport.channel.all_done(self._number, self._seq, self._tag)
             self._transport.unwaited.remove(self)
             self._out = [self._view(lane, self._rank) for lane in range(len(self._lanes))]
         return self._out
@@ -207,6 +213,31 @@ class SymmetricExchange(Exchange):
         spec = self._lanes[lane]
         offset, num_rows = int(self._offsets[lane][rank]), int(spec.out_rows[rank])
         return self._transport.rows_at(rank, self._segments[rank], offset, num_rows, spec.row_bytes)
+
+
+@final
+class HostSlots(Slots):
+    """Slots in shared host memory; what a wave says travels as a letter."""
+
+    def __init__(self, memory: Tensor, addresses: np.ndarray, transport: SymmetricTransport, mail: Mail) -> None:
+        super().__init__(memory, addresses)
+        self._transport, self._mail = transport, mail
+        self._seqs = {wave: [0] * PLACES for wave in Wave}
+
+    def post(self, wave: Wave, number: int, tag: str, counts: np.ndarray | None = None) -> None:
+        transport = self._transport
+        transport.channel.post(_KIND_OF_WAVE[wave], number, transport.seq, tag, -1, counts)
+        self._seqs[wave][number % PLACES] = transport.seq
+        transport.seq += 1
+
+    def wait(self, wave: Wave, number: int, tag: str) -> None:
+        self._transport.channel.wait(_KIND_OF_WAVE[wave], number, self._seqs[wave][number % PLACES], tag)
+
+    def counts_at(self, number: int) -> tuple[int, int]:
+        return self._mail.payload_at(Kind.OUT, number)
+
+
+_KIND_OF_WAVE = {Wave.OUT: Kind.OUT, Wave.HOME: Kind.HOME, Wave.FREE: Kind.FREE}
 
 
 def _private(rows: Tensor) -> Tensor:

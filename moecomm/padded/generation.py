@@ -1,0 +1,87 @@
+"""One padded dispatch, as a buffer remembers it, and what moves its rows.
+
+Legend: T tokens of this rank, K top-k, H hidden, E experts in flat order, L experts of this rank, W ranks, M max tokens
+per rank; row `s * M + slot` of a local expert is the slot-th that source rank s sends to it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecomm.handle import Pending
+
+# The dtype and the shape of one row of each payload.
+Kinds = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """The last dispatch of every other one.
+
+    number: of the dispatch, -1 before the first. has_arrived: whether it was waited for. is_free: whether every rank is
+    done with its rows, or will be before it says anything else. home: its last combine, if that is not finished.
+    led: how many combines it had. trip: what the mover remembers.
+    """
+
+    index: int
+    number: int = -1
+    num_tokens: int = 0
+    kinds: Kinds = ()
+    tag: str = ""
+    ranges: Tensor | None = None
+    has_arrived: bool = False
+    is_free: bool = True
+    home: Pending[Tensor] | None = None
+    led: int = 0
+    trip: Any = field(default=None)
+
+
+class Mover(ABC):
+    """Moves padded rows. Operations come in the same order on every rank."""
+
+    @abstractmethod
+    def check(self, topk_idx_TK: Tensor) -> tuple[int, bool] | None:
+        """The first entry that names no expert, or (True) for which its expert has no slot left; None if all is well."""
+
+    @abstractmethod
+    def send(
+        self, g: Generation, payloads: Sequence[Tensor], topk_idx_TK: Tensor, topk_weights_TK: Tensor | None, tag: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Send (T, ...) payloads to their slots; the routing (T, K), weights (T, K), and places (T, K) to keep."""
+
+    @abstractmethod
+    def receive(self, g: Generation, tag: str) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Wait for every rank; (L, W * M, ...) payloads, (L, W, 2) int32 ranges, (L,) int32 rows per expert."""
+
+    @abstractmethod
+    def copy_out(self, g: Generation, arrived: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Copy the rows that arrived, and no others, into tensors of the same shape."""
+
+    @abstractmethod
+    def home_rows(self, g: Generation, kinds: Kinds) -> list[Tensor]:
+        """(L, W * M, ...) tensors from which rows go home without a copy."""
+
+    @abstractmethod
+    def lead_home(self, g: Generation, payloads: Sequence[Tensor], number: int, tag: str) -> None:
+        """Let the rows that arrived go home, or rather what experts made of them."""
+
+    @abstractmethod
+    def sum_home(
+        self, g: Generation, out_TH: Tensor, kinds: Kinds, number: int, tag: str, weights_TK: Tensor | None, bias: Any
+    ) -> None:
+        """Wait for every rank and sum the rows of each token in ascending k."""
+
+    @abstractmethod
+    def free(self, tag: str) -> None:
+        """Wait until every rank has no more use for what the operation that follows overwrites."""
+
+    @property
+    @abstractmethod
+    def rows_of_expert(self) -> Tensor:
+        """(L,) int64 rows that arrived for each local expert so far."""

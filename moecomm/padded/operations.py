@@ -1,0 +1,315 @@
+"""Dispatch and combine in layout "padded": the protocol of the two generations. Legend: see `moecomm.padded.generation`.
+
+Dispatch number n uses generation n % 2. What lay there was sent by dispatch n - 2, and may be overwritten because every
+rank has sent a combine of n - 2, or, where none was called, says here that it is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from moecomm._compiled import compiled
+from moecomm.checks import FLOAT_DTYPES, Checker
+from moecomm.core import Core
+from moecomm.errors import CapacityError, ConfigError, RoutingError, StaleHandleError, UnsupportedError
+from moecomm.handle import Dispatched, PaddedHandle, Pending
+from moecomm.padded.generation import Generation, Kinds, Mover
+from moecomm.padded.lanes import LaneMover
+from moecomm.quant import QuantSpec, by_columns, quantize
+from moecomm.rows import empty_rows
+from moecomm.transport.base import as_bytes
+
+
+def _mover(core: Core, max_tokens: int, top_k: int, hidden: int) -> Mover:
+    """Slots where ranks reach each other's memory and loops can be compiled, else lanes."""
+    if core.transport.slots is None or compiled("moecomm.padded._jit") is None:
+        return LaneMover(core, max_tokens, top_k, hidden)
+    from moecomm.padded.slots import SlotMover
+
+    return SlotMover(core, core.transport.slots, max_tokens, top_k, hidden)
+
+
+@final
+class PaddedOperations:
+    """The padded operations of one buffer."""
+
+    def __init__(self, core: Core, check: Checker) -> None:
+        self._core, self._check, self._config = core, check, check.config
+        config, placement = check.config, core.tables.placement
+        shape = config.max_tokens_per_rank, config.top_k, config.hidden
+        self.mover = _mover(core, *shape)
+        self._generations = Generation(0), Generation(1)
+        self._number = self._num_homes = 0
+        rows = placement.num_ranks * config.max_tokens_per_rank
+        self._padded = placement.experts_per_rank[core.rank], rows, config.hidden
+        self._kinds: dict[object, tuple[Kinds, str]] = {}
+
+    # -- dispatch -------------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self, x: Any, topk_idx: Any, topk_weights: Any, handle: Any, quant: Any, out: Any
+    ) -> Pending[Dispatched]:
+        """Send now; the result is the receive hook."""
+        core = self._core
+        core.check_usable()
+        spec = None if quant is None else QuantSpec.of(quant)
+        payloads = self._payloads(x, spec)
+        idx, weights = self._routing(len(payloads[0]), topk_idx, topk_weights, handle)
+        kinds, tag = self._kinds_of(payloads)
+        targets = None if out is None else self._targets(out, kinds)
+        if bad := self.mover.check(idx):
+            raise self._refused(idx, *bad)
+        with core.guarded(), core.phase("send"):
+            g = self._turn(kinds, len(payloads[0]), tag)
+            kept = self.mover.send(g, payloads, idx, weights, tag)
+        core.counters["dispatches" if handle is None else "replays"] += 1
+        number = g.number
+        return Pending(lambda: self._arrive(g, number, tag, kept, targets, spec))
+
+    def _turn(self, kinds: Kinds, num_tokens: int, tag: str) -> Generation:
+        """The generation of the next dispatch, once every rank is done with what lies there."""
+        g = self._generations[self._number % 2]
+        if g.home is not None:
+            g.home.wait()
+        g.home = None
+        if not g.is_free:
+            if not g.has_arrived:  # nobody will wait for it any more
+                self.mover.receive(g, g.tag)
+            self.mover.free(f"dispatch layout=padded frees={g.number}")
+        g.number, g.num_tokens, g.kinds, g.tag = self._number, num_tokens, kinds, tag
+        g.has_arrived, g.is_free, g.led = False, False, 0
+        self._number += 1
+        return g
+
+    def _arrive(
+        self,
+        g: Generation,
+        number: int,
+        tag: str,
+        kept: Sequence[Tensor],
+        targets: Sequence[Tensor] | None,
+        spec: QuantSpec | None,
+    ) -> Dispatched:
+        core = self._core
+        if g.number != number:
+            raise self._stale(number, "was never waited for, and")
+        with core.guarded(), core.phase("wait"):
+            arrived, ranges, per_expert = self.mover.receive(g, tag)
+            g.has_arrived, g.ranges = True, ranges
+            if targets is not None:
+                self.mover.copy_out(g, arrived, targets)
+                arrived = list(targets)
+        if spec is not None and spec.column_major:
+            arrived = [arrived[0], by_columns(arrived[1])]
+        idx, weights, places = kept
+        return Dispatched(
+            x=arrived[0] if len(arrived) == 1 else tuple(arrived),
+            expert_offsets=None,
+            tokens_per_expert=per_expert,
+            row_weights=None,
+            topk_idx=None,
+            topk_weights=None,
+            handle=PaddedHandle(
+                topk_idx=idx, topk_weights=weights, places=places, number=number, buffer_id=self._check.buffer_id
+            ),
+            ranges=ranges,
+        )
+
+    # -- combine --------------------------------------------------------------------------------------------------
+
+    def combine(
+        self, rows: Any, handle: PaddedHandle, weighted: Any, bias: Any, quant: Any, out: Any
+    ) -> Pending[Tensor]:
+        """Let rows go home now; the result sums them there."""
+        core = self._core
+        core.check_usable()
+        g = self._of(handle)
+        spec = None if quant is None else QuantSpec.of(quant)
+        rows = self._home_rows(rows)
+        weights = self._check_home(g, handle, weighted, bias)
+        if bias is not None:
+            bias = bias.contiguous()
+        summed = out if out is not None else empty_rows(g.num_tokens, self._padded[2], core.dtype, core.tables.device)
+        if out is not None:
+            self._check.tensor("out", out, (g.num_tokens, self._padded[2]), (core.dtype,))
+        tag = f"combine layout=padded dispatch={g.number} weighted={weights is not None} quant={spec}"
+        with core.guarded(), core.phase("send"):
+            if g.home is not None:
+                g.home.wait()
+            if g.led:
+                self.mover.free(f"combine layout=padded frees={g.number}")
+            number = self._num_homes
+            self._num_homes += 1
+            payloads = (rows,) if spec is None else self._encoded(g, rows, spec)
+            self.mover.lead_home(g, payloads, number, tag)
+        kinds = tuple((part.dtype, tuple(part.shape[2:])) for part in payloads)
+        core.counters["combines"] += 1
+        g.is_free, g.led = True, g.led + 1
+
+        def finish() -> Tensor:
+            with core.guarded(), core.phase("wait"):
+                self.mover.sum_home(g, summed, kinds, number, tag, weights, bias)
+            return summed
+
+        g.home = Pending(finish)
+        return g.home
+
+    def combine_input(self, handle: PaddedHandle) -> Tensor:
+        """(L, W * M, H) memory of the buffer: rows written there go home without a copy."""
+        self._core.check_usable()
+        return self.mover.home_rows(self._of(handle), ((self._core.dtype, self._padded[2:]),))[0]
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    def _payloads(self, x: Any, spec: QuantSpec | None) -> tuple[Tensor, ...]:
+        """What travels: rows as they are, or a pair that was given or is made here."""
+        if type(x) is not Tensor or not self._plain(x, self._padded[2], self._core.dtype):
+            payloads = self._check.payloads(x)
+            self._no_gradient(*payloads)
+            payloads = tuple(part.resolve_conj().resolve_neg().contiguous() for part in payloads)
+        else:
+            payloads = (x,)
+            if x.shape[0] > self._config.max_tokens_per_rank:
+                self._check.payloads(x)
+        if spec is None or len(payloads) == 2:
+            return payloads
+        return quantize(payloads[0], spec)
+
+    def _plain(self, tensor: Tensor, width: int, dtype: torch.dtype) -> bool:
+        """Whether a tensor may be read as it is: the quick answer, for what is right."""
+        shape = tensor.shape
+        if len(shape) != 2 or shape[1] != width or tensor.dtype != dtype or not tensor.is_contiguous():
+            return False
+        if tensor.is_neg() or (torch.is_grad_enabled() and tensor.requires_grad):
+            return False
+        return tensor.is_cpu == (self._config.device.type == "cpu")
+
+    def _routing(self, num_tokens: int, idx: Any, weights: Any, handle: Any) -> tuple[Tensor, Tensor | None]:
+        """The routing and weights to use, contiguous; what names no expert is found later."""
+        top_k = self._config.top_k
+        if handle is not None:
+            if not isinstance(handle, PaddedHandle):
+                what, got = 'layout "padded" replays handles of its own', type(handle).__name__
+                raise self._error(ConfigError, what, got, "a PaddedHandle", "leave layout out")
+            self._of(handle)
+            if idx is not None:
+                what, remedy = "a handle replays its own routing", "leave topk_idx or handle out"
+                raise self._error(ConfigError, what, "topk_idx too", "handle alone", remedy)
+            if num_tokens != handle.num_tokens:
+                what, remedy = "x does not fit the handle", "pass one row for each token that was dispatched"
+                raise self._error(ConfigError, what, f"{num_tokens} tokens", f"{handle.num_tokens} tokens", remedy)
+            idx, weights = handle.topk_idx, handle.topk_weights if weights is None else weights
+        elif type(idx) is not Tensor or not self._plain(idx, top_k, torch.int64) or idx.shape[0] != num_tokens:
+            self._check.tensor("topk_idx", idx, (num_tokens, top_k), (torch.int32, torch.int64), RoutingError)
+            idx = idx.contiguous()
+        if weights is not None and (type(weights) is not Tensor or not self._plain(weights, top_k, torch.float32)):
+            self._check.tensor("topk_weights", weights, (num_tokens, top_k), (torch.float32,))
+            self._no_gradient(weights)
+            weights = weights.resolve_neg().contiguous()
+        if weights is not None and weights.shape[0] != num_tokens:
+            self._check.tensor("topk_weights", weights, (num_tokens, top_k), (torch.float32,))
+        return idx, weights
+
+    def _refused(self, idx: Tensor, entry: int, is_full: bool) -> Exception:
+        token, k = divmod(entry, self._config.top_k)
+        expert = int(idx[token, k])
+        if is_full:
+            return self._error(
+                CapacityError,
+                f"topk_idx[{token}, {k}] finds no slot",
+                f"more than {self._config.max_tokens_per_rank} entries for expert {expert}",
+                "at most max_tokens_per_rank: a token names an expert once",
+                "look at the router, or build the buffer for more tokens",
+            )
+        return self._error(
+            RoutingError,
+            f"topk_idx[{token}, {k}] names no expert",
+            expert,
+            f"0 to {self._config.num_experts - 1}, or -1 for none",
+            "look at the router, or build the buffer with more experts",
+        )
+
+    def _targets(self, out: Any, kinds: Kinds) -> list[Tensor]:
+        """The tensors of the caller to copy rows to."""
+        given = list(out) if isinstance(out, (tuple, list)) else [out]
+        if len(given) != len(kinds):
+            raise self._error(ConfigError, "out does not fit", f"{len(given)} tensors", f"{len(kinds)}", "correct out")
+        for target, (dtype, shape) in zip(given, kinds, strict=True):
+            self._check.tensor("out", target, (*self._padded[:2], *shape), (dtype,))
+            if not target.is_contiguous():
+                raise self._error(ConfigError, "out is not contiguous", target.stride(), "rows that follow", "copy it")
+        return given
+
+    def _encoded(self, g: Generation, rows: Tensor, spec: QuantSpec) -> list[Tensor]:
+        """Codes and scales of the rows that arrived, where they go home from; the other rows are not looked at."""
+        assert g.ranges is not None
+        spans = g.ranges.flatten(0, 1).long()
+        num_rows, first = spans[:, 1] - spans[:, 0], torch.arange(len(spans), device=rows.device)
+        starts = first // g.ranges.shape[1] * self._padded[1] + spans[:, 0]
+        before = num_rows.cumsum(0) - num_rows
+        here = torch.repeat_interleave(starts - before, num_rows)
+        here += torch.arange(len(here), device=rows.device)
+        made = quantize(rows.flatten(0, 1)[here], spec)
+        areas = self.mover.home_rows(g, tuple((part.dtype, tuple(part.shape[1:])) for part in made))
+        for part, area in zip(made, areas, strict=True):
+            as_bytes(area.flatten(0, 1))[here] = as_bytes(part)
+        return areas
+
+    def _home_rows(self, rows: Any) -> Tensor:
+        core = self._core
+        if core.dtype not in FLOAT_DTYPES:
+            what, expected = "rows of this dtype cannot be summed", "float32, float16 or bfloat16"
+            remedy = "build the buffer with the dtype of the expert outputs"
+            raise self._error(UnsupportedError, what, f"a buffer of {core.dtype}", expected, remedy)
+        self._check.tensor("rows", rows, self._padded, (core.dtype,))
+        self._no_gradient(rows)
+        return rows.resolve_neg().contiguous()
+
+    def _check_home(self, g: Generation, handle: PaddedHandle, weighted: Any, bias: Any) -> Tensor | None:
+        """The weights to use."""
+        if weighted is not None and not isinstance(weighted, bool):
+            what, expected = "weighted is no truth value", "True, False or None"
+            raise self._error(ConfigError, what, repr(weighted), expected, "correct weighted")
+        if bias is not None:
+            self._check.tensor("bias", bias, (g.num_tokens, self._padded[2]), (self._core.dtype, torch.float32))
+            self._no_gradient(bias)
+        return None if weighted is False else handle.topk_weights
+
+    def _no_gradient(self, *tensors: Tensor) -> None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            what, remedy = 'layout "padded" has no gradient', 'use layout "expert", or torch.no_grad()'
+            raise self._error(UnsupportedError, what, "a tensor that requires grad", "none", remedy)
+
+    def _of(self, handle: PaddedHandle) -> Generation:
+        """The generation of a handle that is still good."""
+        self._check.same_buffer(handle.buffer_id)
+        g = self._generations[handle.number % 2]
+        if g.number != handle.number:
+            raise self._stale(handle.number, "was overwritten:")
+        return g
+
+    def _stale(self, number: int, what: str) -> StaleHandleError:
+        return StaleHandleError(
+            f"padded dispatch {number} {what} its rows are gone",
+            got=f"{self._number - 1 - number} dispatches since",
+            expected="at most 1: there are two generations",
+            remedy="combine before the second dispatch after it, or use layout \"expert\"",
+            rank=self._core.rank,
+        )
+
+    def _error(self, kind: Any, what: str, got: object, expected: object, remedy: str) -> Any:
+        return self._check.error(kind, what, got=got, expected=expected, remedy=remedy)
+
+    def _kinds_of(self, payloads: Sequence[Tensor]) -> tuple[Kinds, str]:
+        """Dtypes and row shapes of payloads, and the tag of their dispatch: what all ranks must agree on."""
+        key = tuple((part.dtype, part.shape[1:]) for part in payloads)
+        found = self._kinds.get(key)
+        if found is None:
+            kinds = tuple((dtype, tuple(shape)) for dtype, shape in key)
+            told = ",".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for dtype, shape in kinds)
+            found = self._kinds[key] = kinds, f"dispatch layout=padded top_k={self._config.top_k} payload={told}"
+        return found

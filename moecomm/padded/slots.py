@@ -1,0 +1,232 @@
+"""Padded rows through slots that every rank reaches: written straight into the experts' memory, read straight from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moecomm._compiled import compiled
+from moecomm.core import Core
+from moecomm.padded import _jit
+from moecomm.padded._jit import TOO_MANY, Receive, Send
+from moecomm.padded.generation import Generation, Kinds, Mover
+from moecomm.quant import dequantize
+from moecomm.rows import FLOATS, reduce_rows
+from moecomm.transport.base import SLOT_ALIGN_BYTES, Slots, Wave
+
+_EVERYWHERE = 1 << 62  # as many "rows" of one byte: for kernels that are given addresses instead of row numbers
+
+
+@final
+class SlotMover(Mover):
+    """Each step is one call of machine code; everything it needs was laid out when the buffer was made."""
+
+    def __init__(self, core: Core, slots: Slots, max_tokens: int, top_k: int, hidden: int) -> None:
+        self._core, self._slots = core, slots
+        placement, rank = core.tables.placement, core.rank
+        self._world, self._local = placement.num_ranks, placement.experts_per_rank[rank]
+        self._per_expert, self._hidden = placement.num_ranks * max_tokens, hidden
+        self._rows = self._local * self._per_expert
+        self._most_rows = max(placement.experts_per_rank) * self._per_expert
+        self._max_tokens, self._top_k, self._experts = max_tokens, top_k, placement.num_experts
+        host: dict[str, object] = {"device": "cpu"}
+        self._kept = [
+            (
+                torch.full((max_tokens, top_k), -1, dtype=torch.int64, **host),  # type: ignore[call-overload]
+                torch.ones(max_tokens, top_k, dtype=torch.float32, **host),  # type: ignore[call-overload]
+                torch.full((max_tokens, top_k), -1, dtype=torch.int32, **host),  # type: ignore[call-overload]
+                torch.full((max_tokens, top_k), -1, dtype=torch.int64, **host),  # type: ignore[call-overload]
+            )
+            for _ in range(2)
+        ]
+        self._ones = torch.ones(max_tokens, top_k, dtype=torch.float32, device="cpu")
+        self._ranges = [torch.zeros(self._local, self._world, 2, dtype=torch.int32, device="cpu") for _ in range(2)]
+        self._tokens = [torch.zeros(self._local, dtype=torch.int32, device="cpu") for _ in range(2)]
+        self._total = torch.zeros(self._local, dtype=torch.int64, device="cpu")
+        self._counts = np.zeros((3, self._experts), np.int32)  # of both generations, and to try
+        self._send = [self._send_table(index) for index in range(2)]
+        self._receive = [self._receive_table(index) for index in range(2)]
+        self._views: dict[object, list[Tensor]] = {}
+
+    def _send_table(self, index: int) -> np.ndarray:
+        tables, slots = self._core.tables, self._slots
+        idx, weights, places, homes = self._kept[index]
+        words = np.zeros(Send.FIRST_PAYLOAD + 6, np.int64)
+        words[Send.TOP_K], words[Send.EXPERTS] = self._top_k, self._experts
+        words[Send.MAX_TOKENS], words[Send.FIRST_ROW] = self._max_tokens, self._core.rank * self._max_tokens
+        words[Send.ROWS_PER_EXPERT], words[Send.HERE] = self._per_expert, self._core.rank
+        words[Send.FLAT_OF_EXPERT] = tables.flat_of_expert.data_ptr()
+        words[Send.RANK_OF_FLAT] = tables.rank_of_flat.data_ptr()
+        words[Send.LOCAL_OF_FLAT] = tables.local_of_flat.data_ptr()
+        words[Send.OUT_AREAS] = slots.addresses[index].ctypes.data
+        words[Send.HOME_AREAS] = slots.addresses[2 + index].ctypes.data
+        words[Send.HOME_ROW_BYTES] = self._hidden * self._core.dtype.itemsize
+        words[Send.COUNTS] = self._counts[index].ctypes.data
+        words[Send.IDX_KEPT], words[Send.WEIGHTS_KEPT] = idx.data_ptr(), weights.data_ptr()
+        words[Send.PLACES], words[Send.HOMES] = places.data_ptr(), homes.data_ptr()
+        return words
+
+    def _receive_table(self, index: int) -> np.ndarray:
+        words = np.zeros(len(Receive), np.int64)
+        words[Receive.LOCAL], words[Receive.RANKS] = self._local, self._world
+        words[Receive.MAX_TOKENS] = self._max_tokens
+        words[Receive.RANGES], words[Receive.TOKENS] = self._ranges[index].data_ptr(), self._tokens[index].data_ptr()
+        words[Receive.TOTAL] = self._total.data_ptr()
+        return words
+
+    # -- out ------------------------------------------------------------------------------------------------------
+
+    def check(self, topk_idx_TK: Tensor) -> tuple[int, bool] | None:
+        bits = 8 * topk_idx_TK.element_size()
+        bad = _jit.check_kernel(bits)(
+            topk_idx_TK.numel(),
+            topk_idx_TK.data_ptr(),
+            self._experts,
+            self._max_tokens,
+            int(self._send[0][Send.FLAT_OF_EXPERT]),
+            self._counts[2].ctypes.data,
+        )
+        return None if bad < 0 else (bad % TOO_MANY, bad >= TOO_MANY)
+
+    def send(
+        self, g: Generation, payloads: Sequence[Tensor], topk_idx_TK: Tensor, topk_weights_TK: Tensor | None, tag: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        words, offset, row_bytes_of_all = self._send[g.index], 0, 0
+        words[Send.TOKENS], words[Send.PAYLOADS] = g.num_tokens, len(payloads)
+        words[Send.IDX] = topk_idx_TK.data_ptr()
+        words[Send.WEIGHTS] = (self._ones if topk_weights_TK is None else topk_weights_TK).data_ptr()
+        for number, (payload, kind) in enumerate(zip(payloads, g.kinds, strict=True)):
+            row_bytes, at = _row_bytes(kind), Send.FIRST_PAYLOAD + 3 * number
+            words[at], words[at + 1], words[at + 2] = payload.data_ptr(), row_bytes, offset
+            offset += _aligned(self._most_rows * row_bytes)
+            row_bytes_of_all += row_bytes
+        _jit.send_kernel(8 * topk_idx_TK.element_size())(words.ctypes.data)
+        self._slots.post(Wave.OUT, g.number, tag, self._counts[g.index])
+        self._count(int(words[Send.SENT]), int(words[Send.SENT_HERE]), row_bytes_of_all)
+        key = g.index, g.num_tokens
+        if key not in self._views:
+            self._views[key] = [kept[: g.num_tokens] for kept in self._kept[g.index][:3]]
+        idx, weights, places = self._views[key]
+        return idx, weights, places
+
+    def receive(self, g: Generation, tag: str) -> tuple[list[Tensor], Tensor, Tensor]:
+        self._slots.wait(Wave.OUT, g.number, tag)
+        words, (address, stride) = self._receive[g.index], self._slots.counts_at(g.number)
+        first = int(self._core.tables.rank_starts[self._core.rank])
+        words[Receive.COUNTS], words[Receive.COUNTS_STRIDE] = address + 4 * first, stride
+        g.trip = _jit.receive_kernel()(words.ctypes.data)
+        return self._rows_in(g.index, g.kinds), self._ranges[g.index], self._tokens[g.index]
+
+    def copy_out(self, g: Generation, arrived: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        for rows, target, kind in zip(arrived, out, g.kinds, strict=True):
+            self._copy_runs(g, target.data_ptr(), rows.data_ptr(), _row_bytes(kind))
+
+    def _copy_runs(self, g: Generation, out: int, rows: int, row_bytes: int) -> None:
+        shape = self._local, self._world, self._per_expert
+        _jit.runs_kernel()(out, rows, row_bytes, self._ranges[g.index].data_ptr(), *shape)
+
+    def _rows_in(self, area: int, kinds: Kinds) -> list[Tensor]:
+        """Views of an area of this rank as rows of those kinds, one behind the other."""
+        key = area, kinds
+        if key not in self._views:
+            views, offset = [], 0
+            for dtype, shape in kinds:
+                row_bytes = _row_bytes((dtype, shape))
+                rows = self._slots.areas[area][offset : offset + self._rows * row_bytes].view(dtype)
+                views.append(rows.view(self._local, self._per_expert, *shape))
+                offset += _aligned(self._most_rows * row_bytes)
+            self._views[key] = views
+        return self._views[key]
+
+    def _count(self, sent: int, here: int, row_bytes: int) -> None:
+        counters = self._core.counters
+        counters["rows_local"] += here
+        counters["rows_remote"] += sent - here
+        counters["bytes_local"] += here * row_bytes
+        counters["bytes_remote"] += (sent - here) * row_bytes
+
+    # -- home -----------------------------------------------------------------------------------------------------
+
+    def home_rows(self, g: Generation, kinds: Kinds) -> list[Tensor]:
+        return self._rows_in(2 + g.index, kinds)
+
+    def lead_home(self, g: Generation, payloads: Sequence[Tensor], number: int, tag: str) -> None:
+        kinds = tuple((rows.dtype, tuple(rows.shape[2:])) for rows in payloads)
+        for rows, target, kind in zip(payloads, self.home_rows(g, kinds), kinds, strict=True):
+            if rows.data_ptr() != target.data_ptr():
+                self._copy_runs(g, target.data_ptr(), rows.data_ptr(), _row_bytes(kind))
+        self._slots.post(Wave.HOME, number, tag)
+        self._count(int(g.trip), int(self._send[g.index][Send.SENT_HERE]), sum(map(_row_bytes, kinds)))
+
+    def sum_home(
+        self,
+        g: Generation,
+        out_TH: Tensor,
+        kinds: Kinds,
+        number: int,
+        tag: str,
+        weights_TK: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        self._slots.wait(Wave.HOME, number, tag)
+        if not g.num_tokens:
+            return
+        if len(kinds) > 1:
+            rows = self._decoded(g, kinds)
+            table = torch.arange(len(rows), device="cpu").view(g.num_tokens, -1)
+            reduce_rows(out_TH, rows, torch.where(self._kept[g.index][2][: g.num_tokens] < 0, -1, table), weights_TK, bias)
+            return
+        jit = compiled("moecomm._rows_jit")
+        assert jit is not None
+        by_entry = None if weights_TK is None else "entry"
+        of_bias = None if bias is None else FLOATS[bias.dtype]
+        dtype = FLOATS[out_TH.dtype]
+        kernel = jit.reduce_kernel(dtype, dtype, of_bias, 64, by_entry, False)
+        k, row_bytes = self._top_k, self._hidden * out_TH.element_size()
+        bad = kernel(
+            *(0, g.num_tokens, out_TH.data_ptr(), row_bytes, 0, 1, _EVERYWHERE, self._hidden),
+            *(self._kept[g.index][3].data_ptr(), 8 * k, k),
+            *(0 if weights_TK is None else weights_TK.data_ptr(), 4 * k),
+            *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * bias.element_size())),
+        )
+        assert bad < 0, f"token {bad} has a row that lies nowhere"
+
+    def _decoded(self, g: Generation, kinds: Kinds) -> Tensor:
+        """(T * K, H) float32 rows of this rank's entries, decoded; those of no expert are anything."""
+        idx, _, places, _ = (kept[: g.num_tokens] for kept in self._kept[g.index])
+        ranks = self._core.tables.rank_of_expert(idx).clamp(max=self._world - 1)
+        areas = torch.from_numpy(self._slots.addresses[2 + g.index])[ranks]
+        jit, parts, offset = compiled("moecomm._rows_jit"), [], 0
+        assert jit is not None
+        for dtype, shape in kinds:
+            row_bytes = _row_bytes((dtype, shape))
+            part = torch.zeros(idx.numel(), row_bytes, dtype=torch.uint8, device="cpu")
+            sources = torch.where(places < 0, -1, areas + offset + places.long() * row_bytes).view(-1)
+            kernel = jit.copy_kernel(64, 0, False)
+            kernel(0, len(part), part.data_ptr(), row_bytes, len(part), 0, 1, _EVERYWHERE, row_bytes, sources.data_ptr(), 0)
+            parts.append(part.view(dtype).view(len(part), *shape))
+            offset += _aligned(self._most_rows * row_bytes)
+        return dequantize(parts[0], parts[1], torch.float32, self._hidden)
+
+    def free(self, tag: str) -> None:
+        number = self._core.counters["frees"]
+        self._core.counters["frees"] += 1
+        self._slots.post(Wave.FREE, number, tag)
+        self._slots.wait(Wave.FREE, number, tag)
+
+    @property
+    def rows_of_expert(self) -> Tensor:
+        return self._total.clone()
+
+
+def _row_bytes(kind: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = kind
+    return dtype.itemsize * int(np.prod(shape))
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // SLOT_ALIGN_BYTES) * SLOT_ALIGN_BYTES
