@@ -14,8 +14,9 @@ from moecomm.errors import (
     StallError,
     UnsupportedError,
 )
-from moecomm.handle import Dispatched, DispatchHandle, Pending
+from moecomm.handle import Dispatched, DispatchHandle, PaddedHandle, Pending
 from moecomm.placement import ExpertPlacement
+from moecomm.quant import QuantSpec
 from moecomm.topology import Topology
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "ExpertPlacement",
     "MemoryPlan",
     "MoECommError",
+    "PaddedHandle",
     "PeerLostError",
     "Pending",
+    "QuantSpec",
     "RoutingError",
     "StaleHandleError",
     "StallError",

@@ -15,14 +15,17 @@ from torch import Tensor
 from moecomm import autograd, integrity
 from moecomm.checks import BufferConfig, Checker, agree, configure
 from moecomm.core import Core
+from moecomm.encoding import arranged, encoded, spec_of
 from moecomm.errors import MoECommError
 from moecomm.footprint import MemoryPlan, count_bytes, explain, kernel_shape, memory_plan
 from moecomm.fused import FusedOperations
 from moecomm.group import Group
-from moecomm.handle import Dispatched, DispatchHandle, Pending
+from moecomm.handle import Dispatched, DispatchHandle, PaddedHandle, Pending
 from moecomm.operations import Homecoming, start_combine, start_dispatch, start_replay
+from moecomm.padded import PaddedOperations
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import PlacementTables
+from moecomm.quant import QuantSpec
 from moecomm.topology import Topology
 from moecomm.transport import build, select
 from moecomm.transport._symmetric_device import KernelTransport
@@ -134,6 +137,7 @@ class Buffer:
         if isinstance(self._core.transport, KernelTransport):
             self._core.fused = FusedOperations(self._core.transport, self._core.tables)
         integrity.attach(self._core, self.config.check)
+        self._padded = PaddedOperations(self._core, self._check)
         autograd.CORES[self._id] = self._core
 
     def _agree(self, given: BufferConfig | MoECommError) -> tuple[BufferConfig, list[int]]:
@@ -154,8 +158,9 @@ class Buffer:
         *,
         layout: str = "expert",
         align: int = 1,
-        handle: DispatchHandle | None = None,
-        quant: str | None = None,
+        handle: DispatchHandle | PaddedHandle | None = None,
+        quant: QuantSpec | str | None = None,
+        out: Any = None,
     ) -> Dispatched:
         """Send every token to the ranks of its experts. Collective; differentiable in x and topk_weights.
 
@@ -166,9 +171,13 @@ class Buffer:
             topk_weights: (T, K) float32, one weight per choice; None: 1, or those of the handle.
             layout: "expert": one row per choice, grouped by local expert, sorted by (local expert, source rank, token,
                 k). "rank": one row per token and rank, sorted by (source rank, token), with local expert ids beside it.
+                "padded": one row per choice at a fixed place of static (L, W * M, H), for decoding: no counts are
+                exchanged first, nothing has a gradient, and the rows lie in memory of the buffer (see `Dispatched`).
             align: rows that each expert group is padded to a multiple of, with zeros; at most 256.
             handle: replay the routing of an earlier dispatch (with its layout and align): no planning, no counts.
-            quant: not there yet.
+            quant: quantise x inside the send: a `QuantSpec`, or "fp8", "int8", "logfmt10"; `out.x` is then the pair
+                (codes, scales). A pair that was passed travels unchanged. No gradient.
+            out: layout "padded": (L, W * M, H) tensor, or pair, that rows are copied to; None: memory of the buffer.
 
         Returns:
             Dispatched: rows, where each expert's rows end, weights, and the handle that leads rows home.
@@ -183,7 +192,7 @@ class Buffer:
         >>> out.x.tolist(), out.expert_offsets.tolist(), out.tokens_per_expert.tolist()
         ([[3.0, 4.0], [0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], [2, 4], [1, 1])
         """
-        return self._dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, wait=True).wait()
+        return self._dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, out, wait=True).wait()
 
     def dispatch_async(
         self,
@@ -193,20 +202,30 @@ class Buffer:
         *,
         layout: str = "expert",
         align: int = 1,
-        handle: DispatchHandle | None = None,
-        quant: str | None = None,
+        handle: DispatchHandle | PaddedHandle | None = None,
+        quant: QuantSpec | str | None = None,
+        out: Any = None,
     ) -> Pending[Dispatched]:
-        """Send as `dispatch` does and return; `.wait()` gives what arrived. Waits for counts only, with a handle never.
+        """Send as `dispatch` does and return; `.wait()` gives what arrived.
+
+        Waits for counts only; with a handle, or in layout "padded", for nothing.
 
         >>> buffer = Buffer(num_experts=2, hidden=1, top_k=1, max_tokens_per_rank=4, dtype=torch.float32)
         >>> pending = buffer.dispatch_async(torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]]))
         >>> pending.wait().x.tolist()
         [[2.0], [1.0]]
         """
-        return self._dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, wait=False)
+        return self._dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, out, wait=False)
 
     def combine(
-        self, rows: Tensor, handle: DispatchHandle, *, weighted: bool | None = None, bias: Tensor | None = None
+        self,
+        rows: Tensor,
+        handle: DispatchHandle | PaddedHandle,
+        *,
+        weighted: bool | None = None,
+        bias: Tensor | None = None,
+        quant: QuantSpec | str | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Lead the rows of a dispatch home and sum them per token. Collective; differentiable in rows, weights, bias.
 
@@ -220,6 +239,9 @@ class Buffer:
                 stands for several experts, rows are always summed as they are. False: for callers who applied
                 `row_weights` themselves.
             bias: (T, H) in the buffer's dtype or float32, added first.
+            quant: rows travel quantised and are summed as they decode; their error is that of `moecomm.quant`. Layout
+                "padded".
+            out: layout "padded": (T, H) tensor for the sums.
 
         Returns:
             (T, H) in the buffer's dtype.
@@ -232,10 +254,17 @@ class Buffer:
         >>> buffer.combine(out.x, out.handle, bias=torch.tensor([[10.0]])).tolist()
         [[12.5]]
         """
-        return self._combine(rows, handle, weighted, bias, wait=True).wait()
+        return self._combine(rows, handle, weighted, bias, quant, out, wait=True).wait()
 
     def combine_async(
-        self, rows: Tensor, handle: DispatchHandle, *, weighted: bool | None = None, bias: Tensor | None = None
+        self,
+        rows: Tensor,
+        handle: DispatchHandle | PaddedHandle,
+        *,
+        weighted: bool | None = None,
+        bias: Tensor | None = None,
+        quant: QuantSpec | str | None = None,
+        out: Tensor | None = None,
     ) -> Pending[Tensor]:
         """Send as `combine` does and return; `.wait()` gives the sums. Never waits for a peer's rows.
 
@@ -244,15 +273,43 @@ class Buffer:
         >>> buffer.combine_async(out.x, out.handle).wait().tolist()
         [[3.0]]
         """
-        return self._combine(rows, handle, weighted, bias, wait=False)
+        return self._combine(rows, handle, weighted, bias, quant, out, wait=False)
+
+    def combine_input(self, handle: PaddedHandle) -> Tensor:
+        """(L, W * M, H) memory of the buffer: rows written there go home without a copy. Layout "padded".
+
+        Write to it after the dispatch of this handle was waited for and before its `combine`, to which it is passed.
+
+        >>> buffer = Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=4, dtype=torch.float32)
+        >>> out = buffer.dispatch(torch.tensor([[3.0]]), torch.tensor([[0]]), layout="padded")
+        >>> rows = torch.mul(out.x, 2, out=buffer.combine_input(out.handle))
+        >>> buffer.combine(rows, out.handle).tolist()
+        [[6.0]]
+        """
+        return self._padded.combine_input(handle)
 
     def _dispatch(
-        self, x: Any, topk_idx: Any, topk_weights: Any, layout: str, align: int, handle: Any, quant: Any, *, wait: bool
+        self,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        layout: str,
+        align: int,
+        handle: Any,
+        quant: Any,
+        out: Any,
+        *,
+        wait: bool,
     ) -> Pending[Dispatched]:
+        if layout == "padded" or isinstance(handle, PaddedHandle):
+            self._check.padded_options(layout, align, handle)
+            return self._padded.dispatch(x, topk_idx, topk_weights, handle, quant, out)
         core = self._core
         core.check_usable()
-        payloads = self._check.dispatch(x, topk_idx, topk_weights, layout, align, quant, handle)
-        payloads = tuple(payload.resolve_conj().resolve_neg() for payload in payloads)
+        self._check.only_padded(out)
+        spec = spec_of(quant, self._check)
+        payloads = self._check.dispatch(x, topk_idx, topk_weights, layout, align, handle)
+        payloads = encoded([payload.resolve_conj().resolve_neg() for payload in payloads], spec, self._check)
         rows, scales = payloads[0], payloads[1] if len(payloads) > 1 else None
         if topk_weights is not None:
             topk_weights = _packed(topk_weights)
@@ -262,12 +319,20 @@ class Buffer:
             started = -1 if wait else self._start(start_dispatch, payloads, topk_idx, topk_weights, layout, align)
             return self._pending(
                 started,
-                lambda: autograd.dispatched(rows, scales, topk_idx, topk_weights, self._id, layout, align, started),
+                lambda: arranged(
+                    autograd.dispatched(rows, scales, topk_idx, topk_weights, self._id, layout, align, started), spec
+                ),
             )
         started = -1 if wait else self._start(start_replay, payloads, topk_weights, handle)
-        return self._pending(started, lambda: autograd.replayed(rows, scales, topk_weights, handle, started))
+        return self._pending(
+            started, lambda: arranged(autograd.replayed(rows, scales, topk_weights, handle, started), spec)
+        )
 
-    def _combine(self, rows: Any, handle: Any, weighted: bool | None, bias: Any, *, wait: bool) -> Pending[Tensor]:
+    def _combine(
+        self, rows: Any, handle: Any, weighted: bool | None, bias: Any, quant: Any, out: Any, *, wait: bool
+    ) -> Pending[Tensor]:
+        if isinstance(handle, PaddedHandle):
+            return self._padded.combine(rows, handle, weighted, bias, quant, out)
         self._core.check_usable()
         use_weights = self._check.combine(rows, handle, weighted, bias)
         rows, bias = _packed(rows), None if bias is None else _packed(bias)

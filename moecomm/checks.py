@@ -20,7 +20,7 @@ from moecomm.topology import Topology
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int32, torch.int64)
-LAYOUTS = ("expert", "rank")
+LAYOUTS = ("expert", "rank", "padded")
 REDUCES = ("rank", "source")
 CHECKS = ("off", "cheap", "full")
 MAX_ALIGN = 256
@@ -220,11 +220,10 @@ class Checker:
         topk_weights: Any,
         layout: Any,
         align: Any,
-        quant: Any,
         handle: Any,
     ) -> tuple[Tensor, ...]:
         """Check the arguments of a dispatch; the payloads as a tuple."""
-        self.options(layout, align, quant)
+        self.options(layout, align)
         payloads = self.payloads(x)
         if handle is None:
             self.routing(topk_idx, len(payloads[0]))
@@ -234,12 +233,9 @@ class Checker:
             self.tensor("topk_weights", topk_weights, (len(payloads[0]), self.config.top_k), (torch.float32,))
         return payloads
 
-    def options(self, layout: Any, align: Any, quant: Any) -> None:
-        """Check layout, align and quant."""
+    def options(self, layout: Any, align: Any) -> None:
+        """Check layout and align."""
         known = f"one of {LAYOUTS}"
-        if layout == "padded":
-            what, remedy = 'layout "padded" is not there yet', 'use layout="expert"'
-            raise self.error(UnsupportedError, what, got=repr(layout), expected=known, remedy=remedy)
         if layout not in LAYOUTS:
             what, remedy = "layout is unknown", "correct layout"
             raise self.error(ConfigError, what, got=repr(layout), expected=known, remedy=remedy)
@@ -260,9 +256,21 @@ class Checker:
         if align > 1 and layout == "rank":
             what, remedy = 'layout "rank" has no groups to align', 'leave align out, or use layout="expert"'
             raise self.error(UnsupportedError, what, got=f"align={align}", expected="align=1", remedy=remedy)
-        if quant is not None:
-            what, remedy = "quantising inside the send is not there yet", "pass a quantised (rows, scales) pair as x"
-            raise self.error(UnsupportedError, what, got=f"quant={quant!r}", expected="quant=None", remedy=remedy)
+
+    def padded_options(self, layout: Any, align: Any, handle: Any) -> None:
+        """Check what goes with layout "padded", or with a handle of such a dispatch."""
+        if layout not in ("padded", "expert"):
+            what, remedy = "a handle replays its own layout", "leave layout out"
+            raise self.error(ConfigError, what, got=repr(layout), expected="'padded'", remedy=remedy)
+        if align != 1:
+            what, remedy = 'layout "padded" has no groups to align', "leave align out"
+            raise self.error(UnsupportedError, what, got=f"align={align!r}", expected="align=1", remedy=remedy)
+
+    def only_padded(self, out: Any) -> None:
+        """Check that memory of the caller is given in layout "padded" alone."""
+        if out is not None:
+            what, remedy = 'out is for layout "padded"', "leave it away: results belong to the caller anyway"
+            raise self.error(UnsupportedError, what, got=f"a {type(out).__name__}", expected="None", remedy=remedy)
 
     def payloads(self, x: Any) -> tuple[Tensor, ...]:
         """Check the rows to dispatch: a (T, H) tensor in the buffer's dtype, or a (rows, scales) pair of any dtype."""

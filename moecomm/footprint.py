@@ -23,13 +23,12 @@ class MemoryPlan:
     segment_bytes: one receive area, for the worst case (every token of every rank comes here).
     num_segments: how many of them; arrived rows may be kept in all but two.
     mail_bytes: what its peers write signals and counts to.
-    padded_bytes: the slots of layout "padded", two generations each way. A dispatch of T tokens commits T * K of its rows.
+    padded_bytes: the slots of layout "padded", two generations each way; T tokens commit T * K rows of each.
     total_bytes: what is reserved, exactly.
     uniform_bytes: what one dispatch commits when the routing is uniform.
 
-    >>> plan = MemoryPlan(segment_bytes=9, num_segments=2, mail_bytes=6, padded_bytes=8, total_bytes=32, uniform_bytes=1)
-    >>> plan.total_bytes
-    32
+    >>> MemoryPlan(segment_bytes=9, num_segments=2, mail_bytes=6, padded_bytes=8, total_bytes=32, uniform_bytes=1)
+    MemoryPlan(segment_bytes=9, num_segments=2, mail_bytes=6, padded_bytes=8, total_bytes=32, uniform_bytes=1)
     """
 
     segment_bytes: int

@@ -86,7 +86,7 @@ class PaddedHandle:
 
     topk_idx: (T, K) int64 global expert ids, -1 for none.
     topk_weights: (T, K) float32, all 1 if dispatch got none.
-    places: (T, K) int32 row `local expert * W * M + this rank * M + slot` of each entry at its expert's rank, -1 for none.
+    places: (T, K) int32 row `local expert * W * M + this rank * M + slot` of each entry at its expert, -1 for none.
     number: of the dispatch on its buffer.
 
     >>> import torch, moecomm

@@ -18,7 +18,7 @@ from torch import Tensor
 from moecomm.errors import ConfigError, RoutingError, UnsupportedError
 from moecomm.placement import ExpertPlacement
 
-__all__ = ["ReferenceDispatched", "combine", "dispatch", "moe"]
+__all__ = ["ReferenceDispatched", "combine", "dispatch", "moe", "padded_places"]
 
 # (source rank, source token, k) of one received row; k is -1 in layout "rank", where a row stands for several choices.
 Origin = tuple[int, int, int]
@@ -121,6 +121,37 @@ def dispatch(
     if layout == "rank":
         return [_arrange_by_rank(world, experts) for experts in placement.experts_of_rank]
     return [_arrange_by_expert(world, experts, align) for experts in placement.experts_of_rank]
+
+
+def padded_places(dispatched: ReferenceDispatched, num_ranks: int, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Say where layout "padded" puts the rows that one rank receives.
+
+    The slot-th row from source rank s to local expert l is row `(l * W + s) * M + slot` of (L * W * M).
+
+    Args:
+        dispatched: of layout "expert", without padding.
+        num_ranks: W.
+        max_tokens: M.
+
+    Returns:
+        (N,) int64, the place of each row, and (L, W, 2) int32, the ranges of rows of each local expert that are used.
+
+    >>> placement = ExpertPlacement.uniform(num_experts=2, num_ranks=1)
+    >>> out = dispatch([torch.ones(2, 1)], [torch.tensor([[1, 0], [1, -1]])], placement=placement)
+    >>> places, ranges = padded_places(out[0], num_ranks=1, max_tokens=4)
+    >>> places.tolist(), ranges.tolist()
+    ([0, 4, 5], [[[0, 1]], [[0, 2]]])
+    """
+    places, row = [], 0
+    ranges = torch.zeros(len(dispatched.tokens_per_expert), num_ranks, 2, dtype=torch.int32)
+    for local, count in enumerate(dispatched.tokens_per_expert.tolist()):
+        ends = [source * max_tokens for source in range(num_ranks)]
+        for source in dispatched.source_rank[row : row + count].tolist():
+            places.append(local * num_ranks * max_tokens + ends[source])
+            ends[source] += 1
+        ranges[local] = torch.tensor([[source * max_tokens, end] for source, end in enumerate(ends)])
+        row += count
+    return torch.tensor(places, dtype=torch.int64), ranges
 
 
 def combine(

@@ -56,7 +56,7 @@ def mail_bytes(num_ranks: int, payload_bytes: int) -> int:
     """Bytes of one rank's letter box, in whole pages.
 
     >>> mail_bytes(2, 4)
-    8192
+    16384
     """
     used = _FLAG_BYTES + len(Kind) * PLACES * num_ranks * letter_bytes(payload_bytes)
     return -(-used // _PAGE_BYTES) * _PAGE_BYTES
@@ -207,7 +207,7 @@ class Mail:
         return {peer: tickets[peer] for peer in self.peers}
 
     def payload_at(self, kind: Kind, number: int) -> tuple[int, int]:
-        """Where the payload of letter `number` of a kind from rank 0 lies, and the bytes from there to that of rank 1."""
+        """Where the payload of letter `number` from rank 0 lies, and the bytes from there to that of rank 1."""
         return int(self._payloads[kind, number % PLACES].ctypes.data), self._stride
 
     def gathered(self, number: int, count: int) -> np.ndarray:

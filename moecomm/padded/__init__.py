@@ -1,4 +1,4 @@
-"""Layout "padded": static shapes, no count exchange, one wave per operation. For decoding; see docs/design/decode.md."""
+"""Layout "padded", for decoding: static shapes, no count exchange, one wave per operation (docs/design/decode.md)."""
 
 from moecomm.padded.operations import PaddedOperations
 

@@ -47,7 +47,7 @@ class Mover(ABC):
 
     @abstractmethod
     def check(self, topk_idx_TK: Tensor) -> tuple[int, bool] | None:
-        """The first entry that names no expert, or (True) for which its expert has no slot left; None if all is well."""
+        """The first entry that names no expert, or (True) whose expert has no slot left; None if all is well."""
 
     @abstractmethod
     def send(

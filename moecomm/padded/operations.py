@@ -1,4 +1,4 @@
-"""Dispatch and combine in layout "padded": the protocol of the two generations. Legend: see `moecomm.padded.generation`.
+"""Dispatch and combine in layout "padded": the protocol of the two generations. Legend: in `generation.py`.
 
 Dispatch number n uses generation n % 2. What lay there was sent by dispatch n - 2, and may be overwritten because every
 rank has sent a combine of n - 2, or, where none was called, says here that it is free.
@@ -15,22 +15,23 @@ from torch import Tensor
 from moecomm._compiled import compiled
 from moecomm.checks import FLOAT_DTYPES, Checker
 from moecomm.core import Core
+from moecomm.encoding import arranged, encoded, refuse_gradient, spec_of
 from moecomm.errors import CapacityError, ConfigError, RoutingError, StaleHandleError, UnsupportedError
 from moecomm.handle import Dispatched, PaddedHandle, Pending
 from moecomm.padded.generation import Generation, Kinds, Mover
 from moecomm.padded.lanes import LaneMover
-from moecomm.quant import QuantSpec, by_columns, quantize
+from moecomm.quant import QuantSpec, quantize
 from moecomm.rows import empty_rows
 from moecomm.transport.base import as_bytes
 
 
 def _mover(core: Core, max_tokens: int, top_k: int, hidden: int) -> Mover:
     """Slots where ranks reach each other's memory and loops can be compiled, else lanes."""
-    if core.transport.slots is None or compiled("moecomm.padded._jit") is None:
+    if core.transport.padded_slots is None or compiled("moecomm.padded._jit") is None:
         return LaneMover(core, max_tokens, top_k, hidden)
     from moecomm.padded.slots import SlotMover
 
-    return SlotMover(core, core.transport.slots, max_tokens, top_k, hidden)
+    return SlotMover(core, core.transport.padded_slots, max_tokens, top_k, hidden)
 
 
 @final
@@ -56,8 +57,8 @@ class PaddedOperations:
         """Send now; the result is the receive hook."""
         core = self._core
         core.check_usable()
-        spec = None if quant is None else QuantSpec.of(quant)
-        payloads = self._payloads(x, spec)
+        spec = spec_of(quant, self._check)
+        payloads = encoded(self._payloads(x), spec, self._check)
         idx, weights = self._routing(len(payloads[0]), topk_idx, topk_weights, handle)
         kinds, tag = self._kinds_of(payloads)
         targets = None if out is None else self._targets(out, kinds)
@@ -103,10 +104,8 @@ class PaddedOperations:
             if targets is not None:
                 self.mover.copy_out(g, arrived, targets)
                 arrived = list(targets)
-        if spec is not None and spec.column_major:
-            arrived = [arrived[0], by_columns(arrived[1])]
         idx, weights, places = kept
-        return Dispatched(
+        given = Dispatched(
             x=arrived[0] if len(arrived) == 1 else tuple(arrived),
             expert_offsets=None,
             tokens_per_expert=per_expert,
@@ -118,6 +117,7 @@ class PaddedOperations:
             ),
             ranges=ranges,
         )
+        return arranged(given, spec)
 
     # -- combine --------------------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class PaddedOperations:
         core = self._core
         core.check_usable()
         g = self._of(handle)
-        spec = None if quant is None else QuantSpec.of(quant)
+        spec = spec_of(quant, self._check)
         rows = self._home_rows(rows)
         weights = self._check_home(g, handle, weighted, bias)
         if bias is not None:
@@ -165,19 +165,15 @@ class PaddedOperations:
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
-    def _payloads(self, x: Any, spec: QuantSpec | None) -> tuple[Tensor, ...]:
-        """What travels: rows as they are, or a pair that was given or is made here."""
+    def _payloads(self, x: Any) -> tuple[Tensor, ...]:
+        """The rows, or the pair, that were given."""
         if type(x) is not Tensor or not self._plain(x, self._padded[2], self._core.dtype):
             payloads = self._check.payloads(x)
             self._no_gradient(*payloads)
-            payloads = tuple(part.resolve_conj().resolve_neg().contiguous() for part in payloads)
-        else:
-            payloads = (x,)
-            if x.shape[0] > self._config.max_tokens_per_rank:
-                self._check.payloads(x)
-        if spec is None or len(payloads) == 2:
-            return payloads
-        return quantize(payloads[0], spec)
+            return tuple(part.resolve_conj().resolve_neg().contiguous() for part in payloads)
+        if x.shape[0] > self._config.max_tokens_per_rank:
+            self._check.payloads(x)
+        return (x,)
 
     def _plain(self, tensor: Tensor, width: int, dtype: torch.dtype) -> bool:
         """Whether a tensor may be read as it is: the quick answer, for what is right."""
@@ -280,9 +276,7 @@ class PaddedOperations:
         return None if weighted is False else handle.topk_weights
 
     def _no_gradient(self, *tensors: Tensor) -> None:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            what, remedy = 'layout "padded" has no gradient', 'use layout "expert", or torch.no_grad()'
-            raise self._error(UnsupportedError, what, "a tensor that requires grad", "none", remedy)
+        refuse_gradient('layout "padded" has no gradient', self._check, *tensors)
 
     def _of(self, handle: PaddedHandle) -> Generation:
         """The generation of a handle that is still good."""
@@ -297,7 +291,7 @@ class PaddedOperations:
             f"padded dispatch {number} {what} its rows are gone",
             got=f"{self._number - 1 - number} dispatches since",
             expected="at most 1: there are two generations",
-            remedy="combine before the second dispatch after it, or use layout \"expert\"",
+            remedy='combine before the second dispatch after it, or use layout "expert"',
             rank=self._core.rank,
         )
 

@@ -1,4 +1,4 @@
-"""Padded rows through slots that every rank reaches: written straight into the experts' memory, read straight from it."""
+"""Padded rows through slots that every rank reaches: written straight where experts read, read where they write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moecomm.padded._jit import TOO_MANY, Receive, Send
 from moecomm.padded.generation import Generation, Kinds, Mover
 from moecomm.quant import dequantize
 from moecomm.rows import FLOATS, reduce_rows
-from moecomm.transport.base import SLOT_ALIGN_BYTES, Slots, Wave
+from moecomm.transport.base import SLOT_ALIGN_BYTES, PaddedSlots, Wave
 
 _EVERYWHERE = 1 << 62  # as many "rows" of one byte: for kernels that are given addresses instead of row numbers
 
@@ -25,7 +25,7 @@ _EVERYWHERE = 1 << 62  # as many "rows" of one byte: for kernels that are given 
 class SlotMover(Mover):
     """Each step is one call of machine code; everything it needs was laid out when the buffer was made."""
 
-    def __init__(self, core: Core, slots: Slots, max_tokens: int, top_k: int, hidden: int) -> None:
+    def __init__(self, core: Core, slots: PaddedSlots, max_tokens: int, top_k: int, hidden: int) -> None:
         self._core, self._slots = core, slots
         placement, rank = core.tables.placement, core.rank
         self._world, self._local = placement.num_ranks, placement.experts_per_rank[rank]
@@ -178,7 +178,9 @@ class SlotMover(Mover):
         if len(kinds) > 1:
             rows = self._decoded(g, kinds)
             table = torch.arange(len(rows), device="cpu").view(g.num_tokens, -1)
-            reduce_rows(out_TH, rows, torch.where(self._kept[g.index][2][: g.num_tokens] < 0, -1, table), weights_TK, bias)
+            reduce_rows(
+                out_TH, rows, torch.where(self._kept[g.index][2][: g.num_tokens] < 0, -1, table), weights_TK, bias
+            )
             return
         jit = compiled("moecomm._rows_jit")
         assert jit is not None
@@ -207,7 +209,9 @@ class SlotMover(Mover):
             part = torch.zeros(idx.numel(), row_bytes, dtype=torch.uint8, device="cpu")
             sources = torch.where(places < 0, -1, areas + offset + places.long() * row_bytes).view(-1)
             kernel = jit.copy_kernel(64, 0, False)
-            kernel(0, len(part), part.data_ptr(), row_bytes, len(part), 0, 1, _EVERYWHERE, row_bytes, sources.data_ptr(), 0)
+            kernel(
+                0, len(part), part.data_ptr(), row_bytes, len(part), 0, 1, _EVERYWHERE, row_bytes, sources.data_ptr(), 0
+            )
             parts.append(part.view(dtype).view(len(part), *shape))
             offset += _aligned(self._most_rows * row_bytes)
         return dequantize(parts[0], parts[1], torch.float32, self._hidden)

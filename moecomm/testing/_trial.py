@@ -38,6 +38,11 @@ class Checks:
     def bounded(self, actual: Tensor, baseline: Tensor, exact: Tensor, magnitude: Tensor, what: str) -> None:
         self._take(lambda: assert_error_bounded(actual, baseline, exact, what, magnitude=magnitude))
 
+    def equal(self, actual: object, expected: object, what: str) -> None:
+        self.count += 1
+        if actual != expected:
+            self.failures.append(f"{what}: expected {expected}, got {actual}")
+
     def refused(self, call: Callable[[], object], kind: type[MoECommError], what: str) -> None:
         self.count += 1
         try:
@@ -81,14 +86,14 @@ def _sheet(case: Case, world_size: int, layout: str, round: int, payload_round: 
         topk_idxs,
         topk_weights,
         placement=case.placement(world_size),
-        layout=layout,
+        layout="expert" if layout == "padded" else layout,  # the same rows, at other places
         align=case.align if layout == "expert" else 1,
         scales=scales,
     )
     return Sheet(xs, scales, topk_idxs, topk_weights, expected)
 
 
-def _returning_to(rank: int, rows: list[Tensor], sheet: Sheet) -> tuple[list[Tensor], list[ReferenceDispatched]]:
+def returning_to(rank: int, rows: list[Tensor], sheet: Sheet) -> tuple[list[Tensor], list[ReferenceDispatched]]:
     """The rows of this rank's tokens: nothing else has a part in what comes back to it, so the oracle can skip it."""
     kept, tables = [], []
     for rows_of_rank, table in zip(rows, sheet.expected, strict=True):
@@ -109,7 +114,7 @@ def _returning_to(rank: int, rows: list[Tensor], sheet: Sheet) -> tuple[list[Ten
 
 
 @functools.lru_cache(maxsize=512)  # the same for each layout, each way to reduce, and each transport
-def _values(case: Case, purpose: str, rank: int, round: int, num_rows: int, octaves: int = 6) -> Tensor:
+def values(case: Case, purpose: str, rank: int, round: int, num_rows: int, octaves: int = 6) -> Tensor:
     """Shared: to be cloned before anything under test may write to it."""
     return case.values(purpose, rank, round, num_rows, octaves=octaves)
 
@@ -155,7 +160,7 @@ class Trial:
         idx, weights = self._routing(sheet)
         if round % 3 == 1:  # routers may give transposed tensors
             idx, weights = _transposed(idx), None if weights is None else _transposed(weights)
-        self._be_late(round)
+        self.be_late(round)
         args = (self._payload(x, sheet), self._on(idx), self._on(weights))
         if round % 2:
             out = self.buffer.dispatch_async(*args, layout=self.layout, align=self.align).wait()
@@ -168,7 +173,7 @@ class Trial:
 
     def replay(self, sent: Sent) -> None:
         sheet = self.sheet(sent.round, payload_round=sent.round + _REPLAY_ROUND)
-        self._be_late(sent.round + 1)
+        self.be_late(sent.round + 1)
         x = sheet.xs[self.rank].clone()
         out = self.buffer.dispatch(self._payload(x, sheet), handle=sent.out.handle)
         self._compare(out, sheet, f"round {sent.round}: replay")
@@ -182,8 +187,8 @@ class Trial:
             return
         what = f"round {sent.round}: combine, variant {variant}"
         weighted = (None, True, False)[variant % 3]
-        rows = [_values(self.case, "rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(expected)]
-        bias = _values(self.case, "bias", self.rank, sent.round + variant, tokens) if variant % 2 else None
+        rows = [values(self.case, "rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(expected)]
+        bias = values(self.case, "bias", self.rank, sent.round + variant, tokens) if variant % 2 else None
         mine = _poisoned(rows[self.rank], expected[self.rank].source_rank == -1)
         before = mine.clone()
         if self.layout == "rank" and weighted:
@@ -192,7 +197,7 @@ class Trial:
             weighted = None
         handle = sent.out.handle if variant % 4 else pytree.tree_map(lambda t: t.clone(), sent.out.handle)
         start = None if bias is None else self._on(bias.clone())
-        self._be_late(variant)
+        self.be_late(variant)
         if variant % 2:
             y = self.buffer.combine_async(self._on(mine), handle, weighted=weighted, bias=start).wait()
         else:
@@ -210,10 +215,10 @@ class Trial:
             return
         sheet, round, what = sent.sheet, sent.round, f"round {sent.round}: gradient"
         num_tokens = len(sheet.xs[self.rank])
-        x = _values(self.case, "x", self.rank, round, num_tokens, 0)
+        x = values(self.case, "x", self.rank, round, num_tokens, 0)
         idx, weights = self._routing(sheet)
-        dys = [_values(self.case, "dy", r, round, len(sheet.xs[r]), 0) for r in range(self.world_size)]
-        bias = _values(self.case, "bias", self.rank, round, num_tokens, 0)
+        dys = [values(self.case, "dy", r, round, len(sheet.xs[r]), 0) for r in range(self.world_size)]
+        bias = values(self.case, "bias", self.rank, round, num_tokens, 0)
         leaf_x, leaf_bias, leaf_weights = _leaf(self._on(x)), _leaf(self._on(bias)), _leaf(self._on(weights))
 
         out = self.buffer.dispatch(leaf_x, self._on(idx), leaf_weights, layout=self.layout, align=self.align)
@@ -233,7 +238,7 @@ class Trial:
 
     def _backward_of_dispatch(self, round: int, sheet: Sheet) -> None:
         """The backward of dispatch alone is an unweighted combine, bit for bit."""
-        grads = [_values(self.case, "grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
+        grads = [values(self.case, "grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
         mine = _poisoned(grads[self.rank], sheet.expected[self.rank].source_rank == -1)
         leaf = _leaf(self._on(sheet.xs[self.rank]))
         idx, _ = self._routing(sheet)
@@ -310,7 +315,7 @@ class Trial:
             self.checks.bitwise(actual, expected, f"{what}, looked at again after the last round")
 
     def _combined(self, rows: list[Tensor], sheet: Sheet, weighted: bool | None, bias: Tensor | None) -> Tensor:
-        returning, tables = _returning_to(self.rank, rows, sheet)
+        returning, tables = returning_to(self.rank, rows, sheet)
         return reference.combine(
             returning,
             tables,
@@ -331,7 +336,7 @@ class Trial:
     def _on(self, tensor: Any) -> Any:
         return None if tensor is None else tensor.to(self.device)
 
-    def _be_late(self, round: int) -> None:
+    def be_late(self, round: int) -> None:
         """Another rank is late each time: peers must wait for it, and must not be disturbed by it."""
         if self.rank == round % self.world_size and self.world_size > 1:
             time.sleep(_DELAY_S)
@@ -351,7 +356,7 @@ def _gradients_in_one_process(
     With `magnitudes` nothing cancels: every input is positive, and so are the experts' derivatives.
     """
     num_tokens = case.num_tokens(rank, round)
-    x, bias, dy = (_values(case, name, rank, round, num_tokens, 0).to(dtype) for name in ("x", "bias", "dy"))
+    x, bias, dy = (values(case, name, rank, round, num_tokens, 0).to(dtype) for name in ("x", "bias", "dy"))
     idx, weights = case.routing(rank, round, world_size)
     if magnitudes:
         x, bias, dy, weights = x.abs(), bias.abs(), dy.abs(), None if weights is None else weights.abs()

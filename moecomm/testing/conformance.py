@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import moecomm
 from moecomm.errors import MoECommError, UnsupportedError
 from moecomm.group import Group
+from moecomm.testing._padded_trial import PaddedTrial
 from moecomm.testing._trial import Checks, Sent, Trial
 from moecomm.testing.cases import Case
 
@@ -44,7 +45,7 @@ def run_conformance(
     cases: Iterable[Case],
     *,
     rounds: int = 6,
-    layouts: Sequence[str] = ("expert", "rank"),
+    layouts: Sequence[str] = ("expert", "rank", "padded"),
     reduces: Sequence[str] = ("rank", "source"),
     timeout_s: float = 60.0,
     check: str | None = None,
@@ -54,7 +55,8 @@ def run_conformance(
     Every round has another routing and, where the case says so, other token counts. In each: dispatch, a replay of its
     handle with another payload, combine of the handle before last while the newer one lives, combine with and without
     weights and bias, all gradients. One rank is late each time. Inputs lie inside poisoned memory that must stay as it
-    is, padding rows come back poisoned and must not matter, results are kept and must not change later.
+    is, padding rows come back poisoned and must not matter, results are kept and must not change later. Layout "padded"
+    has rounds of its own: every way to quantise, the older of two live handles, overwritten ones refused.
 
     Args:
         group: what `moecomm.Buffer` takes.
@@ -80,6 +82,8 @@ def run_conformance(
     results: list[ConformanceResult] = []
     broken = False
     for case, reduce, layout in itertools.product(cases, reduces, layouts):
+        if layout == "padded" and reduce != reduces[0]:
+            continue  # which always sums at the source
         checks = Checks()
         world_size = rank = -1
         if broken:
@@ -141,6 +145,9 @@ def _run(case: Case, buffer: moecomm.Buffer, layout: str, reduce: str, rounds: i
         checks.refused(
             lambda: buffer.dispatch(x, idx, layout=layout), UnsupportedError, 'layout "rank", reduce "source"'
         )
+        return
+    if layout == "padded":
+        PaddedTrial(trial, checks).run(rounds)
         return
     earlier: Sent | None = None
     for round in range(rounds):

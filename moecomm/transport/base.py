@@ -148,7 +148,7 @@ NUM_AREAS = 4  # of slots: two generations for rows on their way out, and two fo
 SLOT_ALIGN_BYTES = 64  # where scales begin behind the rows of an area
 
 
-class Slots(ABC):
+class PaddedSlots(ABC):
     """Fixed places for rows in the memory of every rank, which every rank can reach: for layout "padded".
 
     memory: (4 * area_bytes,) uint8 this rank's four areas, out 0, out 1, home 0, home 1.
@@ -180,7 +180,7 @@ class Transport(ABC):
     name: str
     group: Group
     node_of_rank: np.ndarray | None = None  # (W,) of a transport that merges rows per node
-    slots: Slots | None = None  # where ranks reach each other's memory
+    padded_slots: PaddedSlots | None = None  # where ranks reach each other's memory
 
     @abstractmethod
     def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:

@@ -14,7 +14,7 @@ from moecomm.group import Group
 from moecomm.memory.host import HostMemory, host_memory_support
 from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
-from moecomm.transport.base import NUM_AREAS, Exchange, Lane, Slots, Support, Transport, TransportOptions, Wave
+from moecomm.transport.base import NUM_AREAS, Exchange, Lane, PaddedSlots, Support, Transport, TransportOptions, Wave
 
 
 @final
@@ -52,7 +52,7 @@ class LocalExchange(Exchange):
 
 
 @final
-class LocalSlots(Slots):
+class LocalSlots(PaddedSlots):
     """Slots in this rank's own memory, whose pages are committed when they are first written."""
 
     def __init__(self, nbytes: int) -> None:
@@ -84,7 +84,7 @@ class LocalTransport(Transport):
         self.group = group
         self._device = options.device
         if options.slot_bytes and options.device.type == "cpu" and host_memory_support() is None:
-            self.slots = LocalSlots(NUM_AREAS * options.slot_bytes)
+            self.padded_slots = LocalSlots(NUM_AREAS * options.slot_bytes)
 
     @classmethod
     def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
@@ -99,8 +99,8 @@ class LocalTransport(Transport):
         return LocalExchange(lanes, self._device)
 
     def close(self) -> None:
-        self.slots = None
+        self.padded_slots = None
 
     @property
     def allocated_bytes(self) -> int:
-        return 0 if self.slots is None else self.slots.memory.numel()
+        return 0 if self.padded_slots is None else self.padded_slots.memory.numel()

@@ -24,7 +24,7 @@ from moecomm.memory.host import HostMemory, SegmentPool, host_memory_support
 from moecomm.memory.mail import PLACES, Kind, Mail, mail_bytes
 from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
-from moecomm.transport.base import NUM_AREAS, Exchange, Lane, Slots, Support, Transport, TransportOptions, Wave
+from moecomm.transport.base import NUM_AREAS, Exchange, Lane, PaddedSlots, Support, Transport, TransportOptions, Wave
 
 LANE_ALIGN_BYTES = 64
 
@@ -73,7 +73,7 @@ class SymmetricTransport(Transport):
         self.num_copies = 0
         self._nbytes = nbytes
         if options.slot_bytes and mail.is_fast:
-            self.slots = HostSlots(memory.tensor[segments + box :], self.addresses + segments + box, self, mail)
+            self.padded_slots = HostSlots(memory.tensor[segments + box :], self.addresses + segments + box, self, mail)
 
     @classmethod
     def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
@@ -216,7 +216,7 @@ class SymmetricExchange(Exchange):
 
 
 @final
-class HostSlots(Slots):
+class HostSlots(PaddedSlots):
     """Slots in shared host memory; what a wave says travels as a letter."""
 
     def __init__(self, memory: Tensor, addresses: np.ndarray, transport: SymmetricTransport, mail: Mail) -> None:

@@ -45,7 +45,7 @@ def pool_of() -> Iterator[Callable[[int], RankPool]]:
         yield functools.cache(lambda world_size: stack.enter_context(RankPool(world_size, timeout_s=100.0)))
 
 
-def demand(results_of_ranks: list[list[ConformanceResult]], world_size: int, num_rows: int = 4) -> None:
+def demand(results_of_ranks: list[list[ConformanceResult]], world_size: int, num_rows: int = 5) -> None:
     failed = [
         f"rank {result.rank}, {result.case}, layout {result.layout}, reduce {result.reduce}: {result.message}"
         for results in results_of_ranks

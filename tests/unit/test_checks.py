@@ -254,7 +254,41 @@ REFUSALS = [
     Refusal("layout", lambda g: g.dispatch(layout="experts"), C, "layout is unknown", "'experts'", "one of .*rank.*"),
     Refusal("layout None", lambda g: g.dispatch(layout=None), C, "layout is unknown", "None", "one of .*expert.*"),
     Refusal("layout list", lambda g: g.dispatch(layout=["rank"]), C, "layout is unknown", ".*", "one of .*expert.*"),
-    Refusal("padded", lambda g: g.dispatch(layout="padded"), UNSUPPORTED, ".*not there yet", "'padded'", "one of .*"),
+    Refusal(
+        "align in padded",
+        lambda g: g.dispatch(layout="padded", align=8),
+        UNSUPPORTED,
+        ".*no groups.*",
+        "align=8",
+        "align=1",
+    ),
+    Refusal(
+        "padded gradient",
+        lambda g: g.dispatch(x=g.x.clone().requires_grad_(), layout="padded"),
+        UNSUPPORTED,
+        'layout "padded" has no gradient',
+        ".* requires grad",
+        "none",
+    ),
+    Refusal(
+        "padded id",
+        lambda g: g.dispatch(topk_idx=g.topk_idx + E, layout="padded"),
+        R,
+        ".*names no expert",
+        ".*",
+        ID_RANGE,
+    ),
+    Refusal(
+        "padded x", lambda g: g.dispatch(x=g.x.half(), layout="padded"), C, "x has the wrong dtype", ".*16", ".*32"
+    ),
+    Refusal(
+        "padded replay of another layout",
+        lambda g: g.replay(layout="padded"),
+        C,
+        'layout "padded" replays handles of its own',
+        "DispatchHandle",
+        "a PaddedHandle",
+    ),
     Refusal(
         "rank and source",
         lambda g: g.source.dispatch(g.x, g.topk_idx, layout="rank"),
@@ -277,9 +311,16 @@ REFUSALS = [
         "align=8",
         "align=1",
     ),
+    Refusal("quant", lambda g: g.dispatch(quant="fp4"), C, "no such format.*", "'fp4'", "one of .*"),
     Refusal(
-        "quant", lambda g: g.dispatch(quant="fp8"), UNSUPPORTED, "quantising .* not there yet", "quant='fp8'", ".*None"
+        "gradient through quant",
+        lambda g: g.dispatch(x=g.x.clone().requires_grad_(), quant="fp8"),
+        UNSUPPORTED,
+        "quantised rows have no gradient",
+        ".* requires grad",
+        "none",
     ),
+    Refusal("out", lambda g: g.dispatch(out=g.x), UNSUPPORTED, 'out is for layout "padded"', "a Tensor", "None"),
     # replay
     Refusal("handle type", lambda g: g.replay(handle=g.out), C, "handle is no DispatchHandle", "Dispatched", ".*"),
     Refusal(

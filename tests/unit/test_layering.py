@@ -36,7 +36,13 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("2", ("_plan_jit", "plan", "handle", "reference")),
     ("K", ("kernels",)),
     ("3", ("memory", "transport")),
-    ("4", ("_operator", "checks", "footprint", "core", "operations", "integrity", "fused", "autograd", "buffer")),
+    (
+        "4",
+        (
+            *("_operator", "checks", "footprint", "core", "operations", "integrity", "fused", "encoding", "padded"),
+            *("autograd", "buffer"),
+        ),
+    ),
     ("5", ("nn", "diagnostics", "testing", "deep_ep", "integrations")),
     ("6", ("cli", "__main__")),
 )

@@ -1,0 +1,53 @@
+"""Quantising what is dispatched, before it is sent, and what goes with it after it arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecomm.checks import FLOAT_DTYPES, Checker
+from moecomm.errors import ConfigError, UnsupportedError
+from moecomm.handle import Dispatched
+from moecomm.quant import QuantSpec, by_columns, quantize
+
+
+def spec_of(quant: Any, check: Checker) -> QuantSpec | None:
+    """What the argument `quant` asks for."""
+    try:
+        return None if quant is None else QuantSpec.of(quant)
+    except ConfigError as error:
+        raise check.error(
+            ConfigError, error.what, got=error.got, expected=error.expected, remedy="correct quant"
+        ) from None
+
+
+def encoded(payloads: Sequence[Tensor], spec: QuantSpec | None, check: Checker) -> tuple[Tensor, ...]:
+    """The pair (codes, scales) of rows; what was already a pair stays as it is."""
+    if spec is None or len(payloads) == 2:
+        return tuple(payloads)
+    rows = payloads[0]
+    if rows.dtype not in FLOAT_DTYPES:
+        what, expected = "rows of this dtype cannot be quantised", "float32, float16 or bfloat16"
+        remedy = "leave quant out, or build the buffer with one of those"
+        raise check.error(UnsupportedError, what, got=rows.dtype, expected=expected, remedy=remedy)
+    refuse_gradient("quantised rows have no gradient", check, rows)
+    return quantize(rows, spec)
+
+
+def refuse_gradient(what: str, check: Checker, *tensors: Tensor) -> None:
+    """Refuse tensors whose gradient would get lost."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        remedy = "detach the tensor, use torch.no_grad(), or another layout without quant"
+        raise check.error(UnsupportedError, what, got="one that requires grad", expected="none", remedy=remedy)
+
+
+def arranged(out: Dispatched, spec: QuantSpec | None) -> Dispatched:
+    """Put scales in the order in memory that was asked for."""
+    if spec is None or not spec.column_major:
+        return out
+    codes, scales = out.x
+    return replace(out, x=(codes, by_columns(scales)))

@@ -1,0 +1,175 @@
+"""One case on one buffer in layout "padded": what conformance does there, operation by operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from moecomm import reference
+from moecomm.errors import CapacityError, StaleHandleError, UnsupportedError
+from moecomm.quant import QuantSpec, dequantize, quantize
+from moecomm.testing._trial import Checks, Sheet, Trial, returning_to, values
+
+_OUT_SPECS = (
+    None,
+    QuantSpec(),
+    QuantSpec(format="int8"),
+    None,
+    QuantSpec(scales="power_of_two", column_major=True),
+    QuantSpec(format="logfmt10"),
+    QuantSpec(scales="ue8m0"),
+)
+_HOME_SPECS = (None, "logfmt10", None, "fp8", None, "int8")
+_REPLAY_ROUND = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A dispatch that has been checked. places: (N,) row of each received row in (L * W * M)."""
+
+    round: int
+    handle: Any
+    sheet: Sheet
+    places: list[Tensor]
+
+
+class PaddedTrial:
+    """Rounds of changing routings: the older of two live handles is used after the newer one, a stale one refused."""
+
+    def __init__(self, trial: Trial, checks: Checks) -> None:
+        self.trial, self.checks, self.case, self.buffer = trial, checks, trial.case, trial.buffer
+        self.most = self.case.max_tokens_per_rank
+        self.quantises = self.case.dtype == self.case.combine_dtype and not self.case.extreme
+        self.previous: Sent | None = None
+
+    def run(self, rounds: int) -> None:
+        """Run all rounds."""
+        for round in range(rounds):
+            sheet = self.trial.sheet(round)
+            full = [rank for rank, idx in enumerate(sheet.topk_idxs) if self._most_entries(idx) > self.most]
+            if full:  # nobody sends, since everybody knows
+                if self.trial.rank in full:
+                    self._refuse(sheet, round)
+                continue
+            sent = self.dispatch(round)
+            if round % 2:
+                again = self.dispatch(round, replayed=sent)
+                if self.previous is not None:
+                    self._refuse_stale(self.previous)
+                self.combine(sent, round)
+                self.combine(again, round + 1)
+                self.previous = None
+            else:
+                if self.previous is not None:
+                    self.combine(self.previous, round + 1)
+                self.combine(sent, round)
+                self.previous = sent
+
+    def _most_entries(self, idx: Tensor) -> int:
+        named = idx[idx >= 0]
+        return int(torch.bincount(named.long()).max()) if len(named) else 0
+
+    def _refuse(self, sheet: Sheet, round: int) -> None:
+        x, idx = sheet.xs[self.trial.rank], sheet.topk_idxs[self.trial.rank]
+        call = self.buffer.dispatch
+        self.checks.refused(
+            lambda: call(self._payload(x, sheet), idx, layout="padded"), CapacityError, f"round {round}"
+        )
+
+    def _refuse_stale(self, sent: Sent) -> None:
+        rows = torch.zeros(self._shape(self.case.hidden), dtype=self.buffer.config.dtype)
+        what = f"round {sent.round}: a handle that was overwritten"
+        self.checks.refused(lambda: self.buffer.combine(rows, sent.handle), StaleHandleError, what)
+        x = sent.sheet.xs[self.trial.rank]
+        again = self._payload(x, sent.sheet)
+        self.checks.refused(lambda: self.buffer.dispatch(again, handle=sent.handle), StaleHandleError, what)
+
+    def _shape(self, *row: int) -> tuple[int, ...]:
+        local = len(self.trial.placement.experts_of_rank[self.trial.rank])
+        return (local, self.trial.world_size * self.most, *row)
+
+    def _payload(self, x: Tensor, sheet: Sheet) -> Any:
+        return x if sheet.scales is None else (x, sheet.scales[self.trial.rank])
+
+    def dispatch(self, round: int, replayed: Sent | None = None) -> Sent:
+        """Dispatch, or replay with another payload, and compare what came."""
+        rank = self.trial.rank
+        sheet = self.trial.sheet(round, None if replayed is None else round + _REPLAY_ROUND)
+        spec = _OUT_SPECS[round % len(_OUT_SPECS)] if self.quantises else None
+        what = f"round {round}: padded {'dispatch' if replayed is None else 'replay'}, quant {spec}"
+        given: dict[str, Any] = {"quant": spec}
+        if replayed is None:
+            idx = sheet.topk_idxs[rank]
+            given |= {"layout": "padded", "topk_idx": idx.t().contiguous().t() if round % 3 == 1 else idx}
+            given |= {"topk_weights": None if sheet.topk_weights is None else sheet.topk_weights[rank]}
+        else:
+            given["handle"] = pytree.tree_map(lambda t: t, replayed.handle)
+        if round % 4 == 1 and spec is None and sheet.scales is None:
+            given["out"] = torch.empty(self._shape(self.case.hidden), dtype=self.case.dtype)
+        self.trial.be_late(round)
+        x = self._payload(sheet.xs[rank].clone(), sheet)
+        out = self.buffer.dispatch_async(x, **given).wait() if round % 2 else self.buffer.dispatch(x, **given)
+        places = [self._places(r, sheet) for r in range(self.trial.world_size)]
+        self._compare(out, sheet, spec, places[rank], what)
+        return Sent(round, out.handle, sheet, places)
+
+    def _places(self, rank: int, sheet: Sheet) -> Tensor:
+        """Row in (L * W * M) of each row that a rank receives, in the oracle's order."""
+        return reference.padded_places(sheet.expected[rank], self.trial.world_size, self.most)[0]
+
+    def _compare(self, out: Any, sheet: Sheet, spec: QuantSpec | None, places: Tensor, what: str) -> None:
+        should = sheet.expected[self.trial.rank]
+        _, ranges = reference.padded_places(should, self.trial.world_size, self.most)
+        self.checks.bitwise(out.ranges, ranges, f"{what}: ranges")
+        self.checks.bitwise(out.expert_counts_L, should.tokens_per_expert, f"{what}: expert_counts_L")
+        wanted = [should.x] if should.scales is None else [should.x, should.scales]
+        if spec is not None:
+            wanted = list(quantize(should.x, spec))
+        parts = [out.x] if isinstance(out.x, Tensor) else list(out.x)
+        for name, part, rows in zip(("x", "scales")[: len(wanted)], parts, wanted, strict=True):
+            came = part.view(torch.uint8) if part.itemsize == 1 else part  # of which torch has no index operator
+            rows = rows.view(torch.uint8) if part.itemsize == 1 else rows
+            self.checks.bitwise(came.flatten(0, 1)[places], rows, f"{what}: {name}")
+        if spec is not None and spec.column_major and parts[1].numel():
+            self.checks.equal(parts[1].stride(1), 1, f"{what}: stride of scales from row to row")
+
+    def combine(self, sent: Sent, variant: int) -> None:
+        """Combine made-up expert rows; `variant` chooses weights, bias, memory, format and the kind of call."""
+        rank, sheet = self.trial.rank, sent.sheet
+        if not self.trial.sums:
+            raw = torch.zeros(self._shape(self.case.hidden), dtype=self.case.dtype)
+            self.checks.refused(lambda: self.buffer.combine(raw, sent.handle), UnsupportedError, "sum of bytes")
+            return
+        spec = _HOME_SPECS[variant % len(_HOME_SPECS)] if self.quantises else None
+        what = f"round {sent.round}: padded combine, variant {variant}, quant {spec}"
+        rows = [values(self.case, "rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(sheet.expected)]
+        tokens = len(sheet.xs[rank])
+        bias = values(self.case, "bias", rank, sent.round + variant, tokens) if variant % 2 else None
+        weighted = (None, True, False)[variant % 3]
+        mine = (
+            self.buffer.combine_input(sent.handle) if variant % 4 == 2 else torch.empty(self._shape(self.case.hidden))
+        )
+        mine = mine.to(self.case.combine_dtype)
+        mine.fill_(float("nan")).flatten(0, 1)[sent.places[rank]] = rows[rank]
+        y = torch.empty(tokens, self.case.hidden, dtype=self.case.combine_dtype) if variant % 5 == 3 else None
+        start = None if bias is None else bias.clone()
+        self.trial.be_late(variant)
+        given: dict[str, Any] = {"weighted": weighted, "bias": start, "quant": spec, "out": y}
+        if variant % 2:
+            came = self.buffer.combine_async(mine, sent.handle, **given).wait()
+        else:
+            came = self.buffer.combine(mine, sent.handle, **given)
+        if y is not None:
+            self.checks.equal(came.data_ptr(), y.data_ptr(), f"{what}: where the result lies")
+        if spec is not None:
+            rows = [dequantize(*quantize(part, spec), torch.float32, self.case.hidden) for part in rows]
+        kept, tables = returning_to(rank, rows, sheet)
+        biases = [bias if r == rank and bias is not None else torch.zeros(0) for r in range(self.trial.world_size)]
+        should = reference.combine(
+            kept, tables, reduce="source", weighted=weighted, biases=None if bias is None else biases
+        )[rank]
+        self.checks.bitwise(came, should.to(came.dtype), what, origin=lambda row: f"token {row}")
