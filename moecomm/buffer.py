@@ -288,19 +288,8 @@ class Buffer:
         """
         return self._padded.combine_input(handle)
 
-    def _dispatch(
-        self,
-        x: Any,
-        topk_idx: Any,
-        topk_weights: Any,
-        layout: str,
-        align: int,
-        handle: Any,
-        quant: Any,
-        out: Any,
-        *,
-        wait: bool,
-    ) -> Pending[Dispatched]:
+    def _dispatch(self, x: Any, topk_idx: Any, topk_weights: Any, *options: Any, wait: bool) -> Pending[Dispatched]:
+        layout, align, handle, quant, out = options
         if layout == "padded" or isinstance(handle, PaddedHandle):
             self._check.padded_options(layout, align, handle)
             return self._padded.dispatch(x, topk_idx, topk_weights, handle, quant, out)

@@ -135,7 +135,11 @@ class LaneMover(Mover):
     def lead_home(self, g: Generation, payloads: Sequence[Tensor], number: int, tag: str) -> None:
         trip: Trip = g.trip
         lanes = [contiguous_lane(trip.route.moved_WW.T, self._core.rank, _row_bytes(part)) for part in payloads]
-        parcels = [Parcel(lane, part.flatten(0, 1), trip.recv_rows) for lane, part in zip(lanes, payloads, strict=True)]
+        homes = None if self._core.integrity is None else trip.route.order_S // trip.route.top_k
+        parcels = [
+            Parcel(lane, part.flatten(0, 1), trip.recv_rows, homes=homes)
+            for lane, part in zip(lanes, payloads, strict=True)
+        ]
         trip.home = send(self._core, tag, parcels)
 
     def sum_home(

@@ -26,8 +26,8 @@ from moecomm.transport.base import as_bytes
 
 
 def _mover(core: Core, max_tokens: int, top_k: int, hidden: int) -> Mover:
-    """Slots where ranks reach each other's memory and loops can be compiled, else lanes."""
-    if core.transport.padded_slots is None or compiled("moecomm.padded._jit") is None:
+    """Slots where ranks reach each other's memory and loops can be compiled, else lanes, where rows can be checked."""
+    if core.integrity is not None or core.transport.padded_slots is None or compiled("moecomm.padded._jit") is None:
         return LaneMover(core, max_tokens, top_k, hidden)
     from moecomm.padded.slots import SlotMover
 

@@ -73,9 +73,10 @@ def run_without_llvmlite(rank: int, transport: str, case: Case) -> list[Conforma
     """As on a machine where there is no compiler: plain torch everywhere, and signals that wake."""
     from moecomm import plan, rows
     from moecomm.memory import mail
+    from moecomm.padded import operations as padded
 
     with contextlib.ExitStack() as patches:
-        for module in (plan, mail, rows):
+        for module in (plan, mail, rows, padded):
             patches.enter_context(mock.patch.object(module, "compiled", mock.Mock(return_value=None)))
         return run_on_rank(rank, transport, case, 2)
 
