@@ -199,7 +199,7 @@ def refuse_then_go_on(world: World, transport: str) -> int:
                 lambda x=x, i=topk_idx: buffer.dispatch(x.half(), i),  # type: ignore[misc]
                 lambda x=x, i=topk_idx: buffer.dispatch(x, i[:, :1]),  # type: ignore[misc]
                 lambda i=topk_idx: buffer.dispatch_async(torch.zeros(9, H), i),  # type: ignore[misc]
-                lambda x=x, i=topk_idx: buffer.dispatch(x, i + 6, layout="padded"),  # type: ignore[misc]
+                lambda x=x, i=topk_idx: buffer.dispatch(x.half(), i, layout="padded"),  # type: ignore[misc]
                 lambda: buffer.dispatch(torch.zeros(1, H), torch.full((1, K), 6)),
                 lambda: buffer.dispatch(torch.zeros(1, H), torch.full((1, K), -2)),
                 lambda: buffer.combine(torch.zeros(1, H), "handle"),  # type: ignore[arg-type]
