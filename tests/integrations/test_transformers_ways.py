@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import os
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +223,47 @@ def test_odd_times(ranks: RankPool) -> None:
         assert result["stops"] and result["few"] and result["no tokens"] and result["capacity"], result
     assert len({result["length"] for result in results}) > 1, "one rank is done before the others"
     assert results[0]["stall"] == (1, 2, 3)
+
+
+# -- docs and example ------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def page(rank: int, folder: str) -> int:
+    """Run the Python of docs/huggingface.md from top to bottom."""
+    text = (ROOT / "docs/huggingface.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"docs/huggingface.md, block {number}", "exec"), names)
+    finally:
+        os.chdir(before)
+    assert names["model"].get_submodule("model.layers.0.mlp.experts").down_proj.shape == (2, 64, 96)
+    return len(blocks)
+
+
+def test_the_page_runs(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(page, str(tmp_path)) == [5] * 4
+
+
+def example(rank: int, *options: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    path = ROOT / "examples/hf_expert_parallel.py"
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = runpy.run_path(str(path))["main"](options)
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_the_example_runs(ranks: RankPool) -> None:
+    results = ranks.run(example, "--layers", "1", "--new-tokens", "4")
+    assert [status for status, _, _ in results] == [0] * 4
+    printed = results[0][1]
+    assert "MixtralForCausalLM: 8 experts in each of 1 layers on 4 rank(s)" in printed
+    assert len(re.findall(r"rank \d: \[\d+, \d+, \d+, \d+\]; experts 0\.20 of 0\.79 MB; logits within", printed)) == 4
+    for family, message in (("Llama", "LlamaForCausalLM has no experts that can be spread"), ("Nobody", "Nobody")):
+        for status, _, complaint in ranks.run(example, "--family", family, "--layers", "1"):
+            assert status == 2 and message in complaint
