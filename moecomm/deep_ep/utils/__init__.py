@@ -1,6 +1,7 @@
 """What scripts import from `deep_ep.utils`."""
 
 from moecomm.deep_ep.events import EventHandle, EventOverlap
+from moecomm.deep_ep.utils import envs, event, gate, math, refs, testing
 from moecomm.deep_ep.utils.envs import (
     check_fast_rdma_atomic_support,
     check_nvlink_connections,
@@ -45,6 +46,9 @@ __all__ = [
     "count_bytes",
     "create_grouped_scores",
     "dist_print",
+    "envs",
+    "event",
+    "gate",
     "get_global_seed",
     "get_local_seed",
     "get_logical_domain_size",
@@ -57,7 +61,10 @@ __all__ = [
     "init_dist",
     "init_seed",
     "inplace_unique",
+    "math",
     "per_token_cast_back",
     "per_token_cast_to_fp8",
+    "refs",
     "safe_div",
+    "testing",
 ]
