@@ -62,9 +62,8 @@ class Answer:
     error: bytes | None = None  # the pickled exception, where it can be pickled
 
 
-def main() -> None:
-    """Serve the parent; `sys.argv` holds the descriptor of the connection and the rank."""
-    fd, rank = int(sys.argv[1]), int(sys.argv[2])
+def serve(fd: int, rank: int) -> None:
+    """Serve the launcher at the other end of a connection as this rank, until it says leave."""
     os.set_inheritable(fd, False)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)

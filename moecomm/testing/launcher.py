@@ -1,4 +1,4 @@
-"""Run functions on several ranks, each in a fresh Python process, and leave nothing behind.
+"""Run functions on several ranks, each in a process of its own, and leave nothing behind.
 
 The launcher hosts the rendezvous store itself on a port that the system picks, so no port is guessed; logs are files
 without a name; processes kill themselves when the launcher is gone, however it ended.
@@ -12,18 +12,18 @@ import os
 import pickle
 import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import IO, Any
 
 import torch.distributed as dist
 
+from moecomm.testing._processes import Process, start
 from moecomm.testing._worker import Answer, Join, Leave, Run
 
 _START_S = 120.0  # a loaded machine takes long to import torch; not part of any test's own deadline
@@ -59,11 +59,12 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     expect_exit: Mapping[int, int] | None = None,
 ) -> list[Any]:
-    """Call `fn(rank, *args)` in `world_size` fresh processes and return the results in rank order.
+    """Call `fn(rank, *args)` in `world_size` new processes and return the results in rank order.
 
     Each process has one thread for torch, the environment variables of torchrun, and a process group, if a backend is
-    given. Every rank must return and then end with exit code 0. After the first failure, at the deadline, and when this
-    process is interrupted, all ranks are killed with everything they started.
+    given. On Linux it is forked from one that has imported torch and stays for the next call. Every rank must return
+    and then end with exit code 0. After the first failure, at the deadline, and when this process is interrupted, all
+    ranks are killed with everything they started.
 
     Args:
         fn: defined at the top level of a module; arguments and result are pickled.
@@ -253,45 +254,24 @@ class _Rank:
     """One process, the connection to it, and its log."""
 
     index: int
-    process: subprocess.Popen[bytes]
+    process: Process
     connection: Connection
     log: IO[bytes]
     log_start: int = 0
 
     @classmethod
     def start(cls, index: int, env: dict[str, str]) -> _Rank:
-        code = f"import sys; sys.path[:] = {sys.path!r}; from moecomm.testing._worker import main; main()"
-        ours, theirs = Pipe(duplex=True)
         log = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno()), str(index)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # so that all it starts can be killed with it
-            )
+            return cls(index, *start(index, log, env), log)
         except BaseException:
-            ours.close()
             log.close()
             raise
-        finally:
-            theirs.close()
-        return cls(index, process, ours, log)
 
     def send(self, request: Any) -> None:
         self.log_start = os.fstat(self.log.fileno()).st_size
         with contextlib.suppress(OSError):  # a dead rank is found by _collect
             self.connection.send_bytes(pickle.dumps(request))
-
-    def exit_code(self) -> int | None:
-        """Exit code or minus the signal, None while alive; leaves the process to `kill`, so its group stays its own."""
-        status = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if status is None:
-            return None
-        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
 
     def print_stacks(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -303,9 +283,7 @@ class _Rank:
         return os.pread(self.log.fileno(), end - start, start).decode(errors="replace").rstrip()
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()
         self.connection.close()
         self.log.close()
 
@@ -342,7 +320,7 @@ def _collect(ranks: list[_Rank], tokens: list[str], timeout_s: float, expect_exi
 
 def _look_at(rank: _Rank, token: str, expect_exit: dict[int, int], outcome: _Outcome) -> None:
     """Take the answer of one rank, or its exit code, if either has come."""
-    code = rank.exit_code()  # before the answer: what a dead rank has said is in the connection by now
+    code = rank.process.exit_code()  # before the answer: what a dead rank has said is in the connection by now
     if rank.index not in outcome.answers:
         with contextlib.suppress(EOFError, OSError):
             if rank.connection.poll():

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moecomm.testing._processes import kept
+
 _POLL_S = 0.02
 
 
@@ -34,7 +36,8 @@ def no_leaks(settle_s: float = 2.0) -> Iterator[None]:
 
     Compared before and after: entries of /dev/shm, child processes and their children (also those that init adopted),
     open file descriptors of this process, Python threads, and socket files in the temporary folder. What another living
-    process of the machine holds open is not counted. An exception of the block passes through unchecked.
+    process of the machine holds open is not counted, nor is the warm process that `run_ranks` forks ranks from. An
+    exception of the block passes through unchecked.
 
     Args:
         settle_s: seconds that threads and processes get to finish ending.
@@ -74,10 +77,11 @@ def no_leaks(settle_s: float = 2.0) -> Iterator[None]:
 
 
 def _look(mark: str) -> Resources:
+    pids, descriptors = kept()
     return Resources(
         shared_memory=_files(Path("/dev/shm"), want_sockets=False),
-        processes=_processes(mark),
-        descriptors=_descriptors(),
+        processes={pid: text for pid, text in _processes(mark).items() if int(pid) not in pids},
+        descriptors={text: text for fd, text in _descriptors() if fd not in descriptors},
         threads={str(t.ident): t.name for t in threading.enumerate()},
         sockets=_files(Path(tempfile.gettempdir()), want_sockets=True),
     )
@@ -134,14 +138,11 @@ def _parent(pid: str) -> str | None:
     return fields[1].decode() if len(fields) > 1 else None
 
 
-def _descriptors() -> dict[str, str]:
+def _descriptors() -> Iterator[tuple[int, str]]:
     """Open descriptors; number and target together identify one, as numbers are used again."""
-    found = {}
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one that lists the folder is gone by now
-            text = f"{fd} -> {os.readlink(f'/proc/self/fd/{fd}')}"
-            found[text] = text
-    return found
+            yield int(fd), f"{fd} -> {os.readlink(f'/proc/self/fd/{fd}')}"
 
 
 def paths_held_by_others(mine: set[str]) -> set[str]:

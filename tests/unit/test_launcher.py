@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moecomm.errors import StallError
-from moecomm.testing import RankFailure, RankPool, no_leaks, run_ranks
+from moecomm.testing import RankFailure, RankPool, _processes, no_leaks, run_ranks
 
 # -- functions that run on the ranks -----------------------------------------------------------------------------
 
@@ -71,6 +71,10 @@ def start_a_sleeper(rank: int, folder: str) -> int:
 def start_a_sleeper_and_hang(rank: int, folder: str) -> None:
     start_a_sleeper(rank, folder)
     time.sleep(300)
+
+
+def origin(rank: int, name: str) -> tuple[int, int, str | None]:
+    return os.getppid(), os.getsid(0), os.environ.get(name)
 
 
 def return_a_lock(rank: int) -> Any:
@@ -208,6 +212,42 @@ def test_nothing_outlives_the_launcher(stop: signal.Signals, tmp_path: Path) -> 
         launcher.communicate(timeout=20)
         assert len(pids) == 4
         assert gone_within(pids, 5.0), "a rank or what it started outlived its launcher"
+
+
+def test_ranks_are_forked_from_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRUIT", "fig")
+    first = run_ranks(origin, 2, "FRUIT", backend=None)
+    monkeypatch.setenv("FRUIT", "date")
+    second = run_ranks(origin, 2, "FRUIT", backend=None)
+    assert [fruit for _, _, fruit in first + second] == ["fig", "fig", "date", "date"]
+    parents, sessions = ({rank[i] for rank in first + second} for i in (0, 1))
+    assert len(parents) == 1 and os.getpid() not in parents and len(sessions) == 4
+
+
+def test_what_libraries_read_at_their_start_is_not_inherited() -> None:
+    (plain,) = run_ranks(origin, 1, "TRITON_INTERPRET", backend=None)
+    (other,) = run_ranks(origin, 1, "TRITON_INTERPRET", backend=None, env={"TRITON_INTERPRET": "1"})
+    assert other[2] == "1" and os.getpid() != other[0] != plain[0]
+
+
+def test_ranks_start_afresh_where_a_process_cannot_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_processes, "CAN_FORK", False)
+    with no_leaks():
+        assert run_ranks(die_on, 2, 1, -9, backend=None, expect_exit={1: -9}) == [0, None]
+        (rank,) = run_ranks(origin, 1, "FLAVOUR", env={"FLAVOUR": "lime"})
+    assert rank[0] == os.getpid() and rank[2] == "lime"
+
+
+def test_ranks_start_afresh_where_a_library_starts_threads() -> None:
+    (rank,) = run_ranks(origin, 1, "OMP_NUM_THREADS", backend=None, env={"OMP_NUM_THREADS": "2"})
+    assert rank[0] == os.getpid() and rank[2] == "2"
+
+
+def test_a_dead_warm_process_is_replaced() -> None:
+    (plain,) = run_ranks(origin, 1, "FLAVOUR", backend=None)
+    os.kill(plain[0], signal.SIGKILL)
+    assert gone_within([plain[0]], 10.0)
+    assert run_ranks(origin, 1, "FLAVOUR", backend=None)[0][0] != plain[0]
 
 
 def test_functions_of_a_script_run(tmp_path: Path) -> None:
