@@ -27,27 +27,8 @@ from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any, Protocol
 
 # Variables that are read once, by the interpreter or by a library that is loaded.
-_READ_AT_START = tuple(
-    [
-        "LD_",
-        "DYLD_",
-        "PYTHON",
-        "OMP_",
-        "KMP_",
-        "GOMP_",
-        "MKL_",
-        "OPENBLAS_",
-        "MALLOC_",
-        "GLIBC_",
-        "TORCH",
-        "PYTORCH_",
-        "ATEN_",
-        "TRITON_",
-        "CUDA_",
-        "HIP_",
-        "LLVM_",
-    ]
-)
+_LIBRARIES = "LD DYLD PYTHON OMP KMP GOMP MKL OPENBLAS MALLOC GLIBC TORCH PYTORCH ATEN TRITON CUDA HIP LLVM"
+_READ_AT_START = tuple(_LIBRARIES.split())
 CAN_FORK = sys.platform == "linux"  # elsewhere system libraries do not stand a fork without an exec
 _READY = b"ready"
 _MAX_WARM = 4  # the one that was used least recently ends
