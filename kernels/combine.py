@@ -85,7 +85,7 @@ def push_reduced(
         link: this rank's end of the wire.
         wire: the shape of the wire.
         each: whether rows travel by themselves; then the rows area needs M * K rows.
-        max_programs: upper bound for the grid's first axis; 8 per multiprocessor unless told.
+        max_programs: upper bound for the grid's first axis; what fits on the GPU unless told.
 
     >>> from moecomm.kernels.wire import loopback
     >>> wire = Wire.of(world=1, top_k=2, max_local=2, row_bytes=16)
@@ -100,11 +100,12 @@ def push_reduced(
     geometry = sums.geometry()
     num_pairs = table.shape[0]
     assert sums.form.wire_bytes <= wire.row_bytes, f"rows of {sums.form.wire_bytes} bytes, room for {wire.row_bytes}"
+    warps, blocks = sums.warps(geometry), -(-geometry.hidden // geometry.block)
     launch(
         _push_reduced_kernel,
-        (num_programs(num_pairs, table, max_programs), -(-geometry.hidden // geometry.block)),
+        (num_programs(num_pairs, table, max_programs, warps=warps, columns=blocks), blocks),
         *(sums.rows, sums.table, sums.weights, wire_row, token, link, num_pairs),
-        num_warps=sums.warps(geometry),
+        num_warps=warps,
         WIRE=wire,
         SUM=geometry,
         EACH=each,

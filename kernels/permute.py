@@ -22,26 +22,41 @@ def scales_at(scales, row, ROW: tl.constexpr):
 
 
 @triton.jit
+def zero_row(out, out_scales, weights, row, wanted, ROW: tl.constexpr):
+    """Zero a row, its scales and its weight, unless `wanted` is negative."""
+    WORD: tl.constexpr = out.dtype.element_ty
+    for chunk in tl.static_range(0, ROW.chunks):
+        column = chunk * ROW.block + tl.arange(0, ROW.block)
+        target = row_at(out.to(tl.int64), row, ROW.words * ROW.word_bytes, WORD, ROW.aligned)
+        zero = tl.zeros_like(column).to(WORD)
+        tl.store(target + column, zero, mask=used(column < ROW.words, wanted))  # row access
+    if ROW.scale_words > 0:
+        group = tl.arange(0, ROW.scale_p2)
+        zero = tl.zeros((ROW.scale_p2,), tl.float32)
+        tl.store(scales_at(out_scales, row, ROW), zero, mask=used(group < ROW.scale_words, wanted))
+    if weights is not None:
+        tl.store(weights + row, 0.0, mask=wanted >= 0)
+
+
+@triton.jit
 def zero_padding(out, out_scales, weights, ends, tokens, align, num_rows, ROW: tl.constexpr, LOCAL: tl.constexpr):
     """Zero the rows, scales and weights between the last token of each group and its padded end."""
-    WORD: tl.constexpr = out.dtype.element_ty
     most = tl.maximum(align - 1, 1)
     for item in range(tl.program_id(0), LOCAL * (align - 1), tl.num_programs(0)):
         local = item // most
         end, count = tl.load(ends + local), tl.load(tokens + local)
         row = end - (count + align - 1) // align * align + count + item % most
-        below = tl.minimum(end, num_rows) - 1 - row  # negative: not a padding row
-        for chunk in tl.static_range(0, ROW.chunks):
-            column = chunk * ROW.block + tl.arange(0, ROW.block)
-            target = row_at(out.to(tl.int64), row, ROW.words * ROW.word_bytes, WORD, ROW.aligned)
-            zero = tl.zeros_like(column).to(WORD)
-            tl.store(target + column, zero, mask=used(column < ROW.words, below))  # row access
-        if ROW.scale_words > 0:
-            group = tl.arange(0, ROW.scale_p2)
-            zero = tl.zeros((ROW.scale_p2,), tl.float32)
-            tl.store(scales_at(out_scales, row, ROW), zero, mask=used(group < ROW.scale_words, below))
-        if weights is not None:
-            tl.store(weights + row, 0.0, mask=below >= 0)
+        zero_row(out, out_scales, weights, row, tl.minimum(end, num_rows) - 1 - row, ROW)
+
+
+@triton.jit
+def zero_rest(out, out_scales, weights, ends, num_rows, ROW: tl.constexpr, LOCAL: tl.constexpr):
+    """Zero the rows, scales and weights behind the last group."""
+    begin = 0
+    if LOCAL > 0:
+        begin = tl.load(ends + LOCAL - 1)
+    for row in range(begin + tl.program_id(0), num_rows, tl.num_programs(0)):
+        zero_row(out, out_scales, weights, row, 0, ROW)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "align", "num_rows"])
@@ -60,6 +75,7 @@ def _permute_kernel(
     ROW: tl.constexpr,
     COLUMNS: tl.constexpr,
     LOCAL: tl.constexpr,
+    ZERO_REST: tl.constexpr,
 ):
     WORD: tl.constexpr = out.dtype.element_ty
     OUT_BYTES: tl.constexpr = ROW.words * ROW.word_bytes
@@ -77,7 +93,7 @@ def _permute_kernel(
             at = 0
         for chunk in tl.static_range(0, ROW.chunks):
             column = chunk * ROW.block + tl.arange(0, ROW.block)
-            value = tl.load(source + column, mask=used(column < ROW.words, at))  # row access
+            value = tl.load(source + column, mask=used(column < ROW.words, at), other=0)  # row access
             for j in tl.static_range(0, COLUMNS):
                 row = tl.load(table + tl.cast(pair, tl.int64) * COLUMNS + j)
                 target = row_at(out.to(tl.int64), row, OUT_BYTES, WORD, ROW.aligned)
@@ -92,6 +108,8 @@ def _permute_kernel(
                 tl.store(scales_at(out_scales, row, ROW), scale, mask=used(inside, row))
     if groups is not None:
         zero_padding(out, out_scales, None, groups, groups + LOCAL, align, num_rows, ROW, LOCAL)
+        if ZERO_REST:
+            zero_rest(out, out_scales, None, groups, num_rows, ROW, LOCAL)
 
 
 def permute(
@@ -101,11 +119,13 @@ def permute(
     *,
     num_rows: int,
     align: int = 1,
+    zero_rest: bool = False,
     max_programs: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Copy each pair's row to the rows of the expert layout that its entries name; (num_rows, H) and their scales.
 
-    Rows that no entry names are undefined, but for the padding of the groups, which is zero.
+    Rows that no entry names are undefined, but for the padding of the groups, which is zero. So is what a pair gives
+    whose place in the wire is -1.
 
     Args:
         rows: (P, H) any dtype, or rows that are arriving, with their scales if they have any.
@@ -113,7 +133,8 @@ def permute(
         groups: (2, L) int32: end of each padded group; tokens of each group. None: no padding.
         num_rows: N.
         align: rows, multiple to which groups are padded.
-        max_programs: upper bound for the grid; 8 per multiprocessor unless told.
+        zero_rest: whether the rows behind the last group become zero too.
+        max_programs: upper bound for the grid; what fits on the GPU unless told.
 
     >>> rows, table = torch.tensor([[1.0], [2.0]]), torch.tensor([[0, 4], [1, -1]], dtype=torch.int32)
     >>> out, _ = permute(rows, table, torch.tensor([[4, 8], [2, 1]], dtype=torch.int32), num_rows=8, align=4)
@@ -131,16 +152,17 @@ def permute(
         rows = contiguous_rows("rows", rows)
         row = row_geometry(form, out, rows)
         source = as_words(rows, row)
-    num_pairs = table.shape[0]
+    num_pairs, warps = table.shape[0], warps_for(row.block * row.word_bytes)
     launch(
         _permute_kernel,
-        (num_programs(max(num_pairs, local * (align - 1)), table, max_programs),),
+        (num_programs(max(num_pairs, local * (align - 1)), table, max_programs, warps=warps),),
         *(as_words(out, row), scales, source, table, wire_row, groups, link, num_pairs, align, num_rows),
-        num_warps=warps_for(row.block * row.word_bytes),
+        num_warps=warps,
         WIRE=wire,
         ROW=row,
         COLUMNS=table.shape[1],
         LOCAL=local,
+        ZERO_REST=zero_rest,
     )
     return out, scales
 
@@ -152,6 +174,7 @@ def permute_ref(
     *,
     num_rows: int,
     align: int = 1,
+    zero_rest: bool = False,
     max_programs: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`permute` in plain torch."""
@@ -160,7 +183,7 @@ def permute_ref(
     values, scales = rows.read() if isinstance(rows, Arriving) else (rows, None)
     pair, column = (table >= 0).nonzero().unbind(1)
     target = table[pair, column].long()
-    padding = target[:0] if groups is None else padding_rows(groups, align)
+    padding = target[:0] if groups is None else padding_rows(groups, align, num_rows if zero_rest else None)
     for result, source in ((out, values), (out_scales, scales)):
         if result is not None and source is not None:
             result.view(torch.uint8)[target] = source.contiguous().view(torch.uint8)[pair]
@@ -168,14 +191,15 @@ def permute_ref(
     return out, out_scales
 
 
-def padding_rows(groups: Tensor, align: int) -> Tensor:
-    """Rows between the last token of each group and its padded end.
+def padding_rows(groups: Tensor, align: int, num_rows: int | None = None) -> Tensor:
+    """Rows between the last token of each group and its padded end, and all behind them up to `num_rows`.
 
     >>> padding_rows(torch.tensor([[4, 8], [2, 4]], dtype=torch.int32), align=4).tolist()
     [2, 3]
     """
     ends, tokens = groups.tolist()
     runs = [range(end - -count % align, end) for end, count in zip(ends, tokens, strict=True)]
+    runs.append(range(ends[-1] if ends else 0, num_rows or 0))
     return torch.tensor([row for run in runs for row in run], dtype=torch.int64, device=groups.device)
 
 
@@ -201,7 +225,7 @@ def unpermute(rows: Tensor, index: Tensor, *, max_programs: int | None = None) -
     Args:
         rows: (N, H) any dtype.
         index: (Q,) int32 row of `rows`, -1 for none.
-        max_programs: upper bound for the grid; 8 per multiprocessor unless told.
+        max_programs: upper bound for the grid; what fits on the GPU unless told.
 
     >>> unpermute(torch.tensor([[1.0], [2.0]]), torch.tensor([1, -1, 0], dtype=torch.int32)).flatten().tolist()
     [2.0, 0.0, 1.0]
@@ -211,9 +235,9 @@ def unpermute(rows: Tensor, index: Tensor, *, max_programs: int | None = None) -
     out, _ = empty_rows(index.shape[0], form_of(rows), rows.device)
     if out.numel():
         row = row_geometry(RowFormat(rows.shape[1], rows.dtype), rows, out)
-        grid = (num_programs(index.shape[0], rows, max_programs),)
-        words = as_words(out, row), as_words(rows, row)
         warps = warps_for(row.block * row.word_bytes)
+        grid = (num_programs(index.shape[0], rows, max_programs, warps=warps),)
+        words = as_words(out, row), as_words(rows, row)
         launch(_unpermute_kernel, grid, *words, index, index.shape[0], num_warps=warps, ROW=row)
     return out
 

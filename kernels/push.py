@@ -98,7 +98,7 @@ def push(
         wire: the shape of the wire.
         scales: (T, G) float32 that travel behind each row, or None.
         replay: leave out metadata and counts, which the receivers have kept.
-        max_programs: upper bound for the grid; 8 per multiprocessor unless told.
+        max_programs: upper bound for the grid; what fits on the GPU unless told.
 
     >>> from moecomm.kernels.layout import layout
     >>> from moecomm.kernels.wire import loopback
@@ -113,9 +113,9 @@ def push(
     x, scales, form = _checked(x, scales, sent, wire)
     row = row_geometry(form, x)
     meta, counts = (None, None) if replay else (sent.meta, sent.counts)
-    grid = (num_programs(x.shape[0], x, max_programs),)
     tables = sent.pair_row, meta, counts
     warps = warps_for(row.block * row.word_bytes)
+    grid = (num_programs(x.shape[0], x, max_programs, warps=warps),)
     launch(_push_kernel, grid, as_words(x, row), scales, *tables, link, x.shape[0], num_warps=warps, WIRE=wire, ROW=row)
 
 
@@ -231,11 +231,12 @@ def push_quantized(
     element_of("x", x.dtype)
     at_once = min(_GROUPS_AT_ONCE, triton.next_power_of_2(form.scale_columns))
     meta, counts = (None, None) if replay else (sent.meta, sent.counts)
+    warps = max(1, at_once // 8)
     launch(
         _push_quantized_kernel,
-        (num_programs(x.shape[0], x, max_programs),),
+        (num_programs(x.shape[0], x, max_programs, warps=warps),),
         *(x, sent.pair_row, meta, counts, link, x.shape[0]),
-        num_warps=max(1, at_once // 8),
+        num_warps=warps,
         WIRE=wire,
         HIDDEN=form.hidden,
         GROUPS=form.scale_columns,

@@ -116,7 +116,7 @@ def quantize(x: Tensor, *, power_of_two: bool = False, max_programs: int | None 
     Args:
         x: (T, H) float32, float16 or bfloat16.
         power_of_two: whether scales are rounded up to a power of two.
-        max_programs: upper bound for the grid; 8 per multiprocessor unless told.
+        max_programs: upper bound for the grid; what fits on the GPU unless told.
 
     >>> codes, scales = quantize(torch.tensor([[896.0, 2.0, -1.0]]))
     >>> codes.float().tolist(), scales.tolist()
@@ -130,11 +130,12 @@ def quantize(x: Tensor, *, power_of_two: bool = False, max_programs: int | None 
     scales = torch.empty(num_rows, groups, dtype=torch.float32, device=x.device)
     if x.numel():
         at_once = min(_GROUPS_AT_ONCE, triton.next_power_of_2(groups))
+        warps, blocks = max(1, at_once // 8), -(-groups // at_once)
         launch(
             _quantize_kernel,
-            (num_programs(num_rows, x, max_programs), -(-groups // at_once)),
+            (num_programs(num_rows, x, max_programs, warps=warps, columns=blocks), blocks),
             *(codes.view(torch.uint8), scales, x, num_rows),
-            num_warps=max(1, at_once // 8),
+            num_warps=warps,
             HIDDEN=hidden,
             GROUPS=groups,
             GROUPS_AT_ONCE=at_once,
@@ -192,7 +193,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, *, max_program
         codes: (T, H) float8_e4m3fn.
         scales: (T, G) float32.
         dtype: float32, float16 or bfloat16.
-        max_programs: upper bound for the grid; 8 per multiprocessor unless told.
+        max_programs: upper bound for the grid; what fits on the GPU unless told.
 
     >>> dequantize(*quantize(torch.tensor([[896.0, 2.0, -1.0]])), torch.float32).tolist()
     [[896.0, 2.0, -1.0]]
@@ -206,11 +207,12 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, *, max_program
     x = torch.empty(num_rows, hidden, dtype=dtype, device=codes.device)
     if x.numel():
         at_once = min(_GROUPS_AT_ONCE, triton.next_power_of_2(groups))
+        warps, blocks = max(1, at_once // 8), -(-groups // at_once)
         launch(
             _dequantize_kernel,
-            (num_programs(num_rows, x, max_programs), -(-groups // at_once)),
+            (num_programs(num_rows, x, max_programs, warps=warps, columns=blocks), blocks),
             *(x, codes.view(torch.uint8), scales, num_rows),
-            num_warps=max(1, at_once // 8),
+            num_warps=warps,
             HIDDEN=hidden,
             GROUPS=groups,
             GROUPS_AT_ONCE=at_once,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from moecomm.kernels._launch import launch, num_programs
-from moecomm.kernels.permute import empty_rows, padding_rows, scales_at, zero_padding
+from moecomm.kernels.permute import empty_rows, padding_rows, scales_at, zero_padding, zero_rest, zero_row
 from moecomm.kernels.rows import Arriving, Row, as_words, row_at, row_geometry, used, warps_for
 from moecomm.kernels.sync import wait_for_all
 from moecomm.kernels.wire import COUNTS, META, ROWS, ROWS_NEEDED, STALLED, Wire, area_of, view_memory
@@ -63,14 +63,17 @@ def _plan_groups(
     tl.store(starts + (WIRE.world_p2 + 1) * WIRE.local_p2 + local, tokens)
     tl.debug_barrier()  # other threads of this program read it
     if tl.program_id(0) == 0:
-        tl.store(groups + local, ends, mask=local < LOCAL)
-        tl.store(groups + LOCAL + local, tokens, mask=local < LOCAL)
         if LAYOUT == PADDED:
             needed, room = tl.max(tokens, 0), align
         else:
             needed, room = tl.max(ends, 0), num_rows
         if (needed > room) & (LAYOUT != RANK):
             tl.store(link.status + ROWS_NEEDED, needed)
+        if LAYOUT == EXPERT:  # whoever works through the groups must find no more than there are rows
+            tokens = tl.maximum(tl.minimum(tokens, num_rows - (ends - padded)), 0)
+            ends = tl.minimum(ends, num_rows)
+        tl.store(groups + local, ends, mask=local < LOCAL)
+        tl.store(groups + LOCAL + local, tokens, mask=local < LOCAL)
 
 
 @triton.jit
@@ -147,6 +150,7 @@ def _receive_kernel(
     ROW: tl.constexpr,
     LOCAL: tl.constexpr,
     LAYOUT: tl.constexpr,
+    ZERO_REST: tl.constexpr,
 ):
     sequence = tl.load(link.state)
     if wait_for_all(link, sequence, WIRE) == 0:
@@ -182,9 +186,13 @@ def _receive_kernel(
             tl.store(origin + num_pairs + pair, -1)
             if LAYOUT == RANK:
                 tl.store(weights + line, tl.zeros((WIRE.top_k_p2,), tl.float32), mask=k < WIRE.top_k)
+                if ZERO_REST:
+                    zero_row(out, out_scales, None, pair, 0, ROW)
     if LAYOUT == EXPERT:
         group_ends = starts + WIRE.world_p2 * WIRE.local_p2
         zero_padding(out, out_scales, weights, group_ends, group_ends + WIRE.local_p2, align, num_rows, ROW, LOCAL)
+        if ZERO_REST:
+            zero_rest(out, out_scales, weights, group_ends, num_rows, ROW, LOCAL)
 
 
 def receive(
@@ -195,6 +203,7 @@ def receive(
     num_rows: int,
     layout: str = "expert",
     align: int = 1,
+    zero_rest: bool = False,
     max_programs: int | None = None,
 ) -> Received:
     """Wait for the pushes of all ranks and bring their rows into a layout.
@@ -202,7 +211,8 @@ def receive(
     Rows are sorted by (local expert, source rank, source token, k). In layout "expert" each expert's group is padded
     with zero rows to a multiple of `align`; in layout "padded" it has room for exactly `align` rows, undefined beyond
     its tokens; layout "rank" is one row per pair, sorted by (source rank, token). What does not fit is left out and
-    `link.status` says how many rows were needed. If the wait gives up nothing is read and results are undefined.
+    `link.status` says how many rows were needed; in layout "expert" the groups then end where the rows do. If the wait
+    gives up nothing is read and results are undefined.
 
     Args:
         rows: the rows that are arriving; its `wire_row` is not used.
@@ -211,7 +221,8 @@ def receive(
         num_rows: N, room for rows: the exact number, or an upper bound (P in layout "rank").
         layout: "expert", "padded" or "rank".
         align: rows per multiple, or per group in layout "padded".
-        max_programs: upper bound for the grid; 8 per multiprocessor unless told.
+        zero_rest: whether the rows behind the last group, or pair, become zero too; not in layout "padded".
+        max_programs: upper bound for the grid; what fits on the GPU unless told.
 
     >>> from moecomm.kernels.layout import layout as lay_out
     >>> from moecomm.kernels.push import push
@@ -229,7 +240,8 @@ def receive(
     """
     wire, device, row, out = _prepare(rows, experts, num_pairs, num_rows, layout, align)
     count = experts[1]
-    programs = num_programs(max(num_pairs, count * (align - 1)), out.table, max_programs)
+    warps = warps_for(row.block * row.word_bytes)
+    programs = num_programs(max(num_pairs, count * (align - 1)), out.table, max_programs, warps=warps)
     origin = torch.empty(2, num_pairs, dtype=torch.int32, device=device)
     scratch = torch.empty(programs, (wire.world_p2 + 2) * wire.local_p2, dtype=torch.int32, device=device)
     outputs = as_words(out.x, row), out.scales, out.weights, out.table, origin, out.groups, scratch
@@ -237,11 +249,12 @@ def receive(
         _receive_kernel,
         (programs,),
         *(*outputs, rows.link, experts[0], align, num_pairs, num_rows),
-        num_warps=warps_for(row.block * row.word_bytes),
+        num_warps=warps,
         WIRE=wire,
         ROW=row,
         LOCAL=count,
         LAYOUT=_LAYOUTS[layout].value,
+        ZERO_REST=zero_rest,
     )
     return out._replace(wire_row=origin[0], token=origin[1])
 
@@ -254,6 +267,7 @@ def receive_ref(  # noqa: C901 - the slow reading, branch by branch
     num_rows: int,
     layout: str = "expert",
     align: int = 1,
+    zero_rest: bool = False,
     max_programs: int | None = None,
 ) -> Received:
     """`receive` in plain torch, sorting instead of counting; the buffer must be CPU memory of this process."""
@@ -286,9 +300,15 @@ def receive_ref(  # noqa: C901 - the slow reading, branch by branch
             elif row < min(end, num_rows):
                 out.table[pair, k], out.weights[row] = row, weight
                 _copy_row_ref(out, row, values, scales, places[pair])
-    padding = padding_rows(out.groups, align) if layout == "expert" else out.table.new_empty(0)
-    padding = padding[padding < num_rows].long()
-    for part in (out.x.view(torch.uint8), out.scales, out.weights):
+    padding = padding_rows(out.groups, align, num_rows if zero_rest else None)
+    if layout == "expert":
+        tokens, ends = out.groups[1], out.groups[0]
+        begins = ends - (tokens + align - 1) // align * align
+        out.groups[1], out.groups[0] = tokens.minimum(num_rows - begins).clamp(min=0), ends.clamp(max=num_rows)
+    elif layout == "rank":
+        padding = torch.arange(len(places) if zero_rest else num_rows, num_rows)
+    padding = padding[padding < num_rows].long() if layout != "padded" else padding[:0]
+    for part in (out.x.view(torch.uint8), out.scales, None if by_pair else out.weights):
         if part is not None:
             part[padding] = 0
     return out

@@ -100,7 +100,7 @@ def reduce(
         weights: (N,) float32 by row, (P, J) float32 by entry, or None: rows are added as they are.
         bias: (P, H) float32, float16 or bfloat16, or None.
         dtype: of the result; that of the rows unless told.
-        max_programs: upper bound for the grid's first axis; 8 per multiprocessor unless told.
+        max_programs: upper bound for the grid's first axis; what fits on the GPU unless told.
 
     >>> rows, table = torch.tensor([[1.0, 2.0], [10.0, 20.0]]), torch.tensor([[0, 1], [-1, 0]], dtype=torch.int32)
     >>> reduce(rows, table, torch.tensor([0.5, 2.0])).tolist()
@@ -116,12 +116,13 @@ def reduce(
         assert bias.shape == out.shape, f"bias has shape {tuple(bias.shape)}, expected {tuple(out.shape)}"
         bias = bias.contiguous()
     geometry = sums.geometry(out, bias)
-    grid = (num_programs(out.shape[0], table, max_programs), -(-form.hidden // geometry.block))
+    warps, blocks = sums.warps(geometry), -(-form.hidden // geometry.block)
+    grid = (num_programs(out.shape[0], table, max_programs, warps=warps, columns=blocks), blocks)
     launch(
         _reduce_kernel,
         grid,
         *(out, sums.rows, sums.table, sums.weights, bias, sums.link, out.shape[0]),
-        num_warps=sums.warps(geometry),
+        num_warps=warps,
         WIRE=sums.wire,
         SUM=geometry,
         ELEMENT=element_of("rows", form.dtype),

@@ -94,7 +94,7 @@ def reduce_grad_rows(
         groups: (2, L) int32 as in `permute`, or None: no padding.
         num_rows: N.
         align: rows, multiple to which groups are padded.
-        max_programs: upper bound for the grid's first axis; 8 per multiprocessor unless told.
+        max_programs: upper bound for the grid's first axis; what fits on the GPU unless told.
 
     >>> table = torch.tensor([[0, 1]], dtype=torch.int32)
     >>> reduce_grad_rows(torch.tensor([[1.0, 2.0]]), table, torch.tensor([0.5, 2.0]), num_rows=2).tolist()
@@ -105,12 +105,13 @@ def reduce_grad_rows(
     out = torch.empty(num_rows, form.hidden, dtype=form.dtype, device=table.device)
     geometry = sums.geometry(out)
     num_sums = sums.table.shape[0]
-    programs = num_programs(max(num_sums, local * (align - 1)), table, max_programs)
+    warps, blocks = sums.warps(geometry), -(-form.hidden // geometry.block)
+    work = max(num_sums, local * (align - 1))
     launch(
         _reduce_grad_rows_kernel,
-        (programs, -(-form.hidden // geometry.block)),
+        (num_programs(work, table, max_programs, warps=warps, columns=blocks), blocks),
         *(out, sums.rows, sums.table, sums.weights, groups, sums.wire_row, sums.link, num_sums, align),
-        num_warps=sums.warps(geometry),
+        num_warps=warps,
         WIRE=sums.wire,
         SUM=geometry,
         ELEMENT=element_of("grad_out", form.dtype),
@@ -212,7 +213,7 @@ def reduce_grad_weights(
         rows: (N, H) float32, float16 or bfloat16.
         table: (P, J) int32 row, -1 for none.
         by_row: give (N,) by row number (no row twice; 0 for rows without an entry) instead of (P, J) by entry.
-        max_programs: upper bound for the grid; 8 per multiprocessor unless told.
+        max_programs: upper bound for the grid; what fits on the GPU unless told.
 
     >>> table = torch.tensor([[0, -1]], dtype=torch.int32)
     >>> reduce_grad_weights(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), table).tolist()
@@ -230,7 +231,7 @@ def reduce_grad_weights(
     geometry = sums.geometry(rows)._replace(weights=BY_ROW.value if by_row else BY_ENTRY.value)
     launch(
         _reduce_grad_weights_kernel,
-        (num_programs(table.numel(), table, max_programs),),
+        (num_programs(table.numel(), table, max_programs, warps=1),),
         *(out, sums.rows, rows, table, sums.wire_row, sums.link, table.shape[0]),
         num_warps=1,
         WIRE=sums.wire,

@@ -4,7 +4,8 @@ Every operation has a sequence number, the same on all ranks. A rank that has se
 its signal word at every rank (itself included); a rank that needs the parts of operation n polls until all its signal
 words are at least n. A kernel that sends never waits and a kernel that waits never sends, so the programs of a grid may
 run in any order. The number lives on the device and is advanced by the kernel that sends: a replayed graph goes on
-counting. docs/design/symmetric.md has the argument why no signal is lost and nothing is overwritten before it is read.
+counting. Beside it the word carries a tag, what the operation is; ranks whose tags differ stop.
+docs/design/symmetric.md has the argument why no signal is lost and nothing is overwritten before it is read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ import torch
 import triton
 import triton.language as tl
 from moecomm.kernels._launch import launch
-from moecomm.kernels.wire import LATE, SIGNALS, STALLED, Link, Wire, area_of, loopback, view_memory  # noqa: F401
+from moecomm.kernels.wire import (  # noqa: F401 - loopback is for the examples
+    LATE,
+    SIGNALS,
+    STALLED,
+    TAG_BITS,
+    TAG_MASK,
+    Link,
+    Wire,
+    area_of,
+    loopback,
+    view_memory,
+)
 
 # Plain stores and loads with release and acquire reach a peer over PCIe too, where read-modify-write may not be atomic.
 # The interpreter has real release and acquire only for read-modify-write.
@@ -37,7 +49,7 @@ def signal_when_all_arrived(link, sequence, WIRE: tl.constexpr):
         peer = tl.arange(0, WIRE.world_p2)
         exists = peer < WIRE.world
         words = tl.load(link.peers + SIGNALS * WIRE.world + peer, mask=exists, other=0).to(tl.pointer_type(tl.int64))
-        value = tl.full((WIRE.world_p2,), 0, tl.int64) + sequence
+        value = tl.full((WIRE.world_p2,), 0, tl.int64) + ((sequence << TAG_BITS) | link.tag)
         if _PLAIN_ATOMICS:
             tl.atomic_store(words + link.rank, value, mask=exists, sem="release", scope="sys")
         else:
@@ -46,26 +58,37 @@ def signal_when_all_arrived(link, sequence, WIRE: tl.constexpr):
 
 @triton.jit
 def wait_for_all(link, sequence, WIRE: tl.constexpr):
-    """Poll until every rank has signalled `sequence`; 1 if they have, 0 (late ones noted) after too many polls."""
+    """Poll until every rank has signalled `sequence` and the tag of this operation; 1 if they have.
+
+    0 after too many polls, or at once if a rank has another tag, or is late and has ended; which ones is noted.
+    """
     source = tl.arange(0, WIRE.world_p2)
     exists = source < WIRE.world
     words = area_of(link, 0, SIGNALS, link.rank, WIRE).to(tl.pointer_type(tl.int64)) + source
     late = exists
+    seen = tl.zeros((WIRE.world_p2,), tl.int64)
+    differs = exists & (source < 0)
     missing = tl.sum(late.to(tl.int32), 0)
     stalled = tl.load(link.status + STALLED)  # then waiting once more is pointless, in this program or a later kernel
     spins = tl.where(stalled == 0, 0, link.max_spins).to(tl.int64)
     while (missing > 0) & (spins < link.max_spins):
+        # Before the words: what a rank signalled before it ended is seen by who saw that it ended.
+        gone = tl.load(link.status + LATE + 2 * WIRE.world + source, mask=exists, other=0, volatile=True)
         if _PLAIN_ATOMICS:
             seen = tl.atomic_load(words, mask=exists, sem="acquire", scope="sys")
         else:
             zero = tl.zeros((WIRE.world_p2,), tl.int64)
             seen = tl.atomic_add(words, zero, mask=exists, sem="acquire", scope="sys")
-        late = exists & (seen < sequence)
+        late = exists & ((seen >> TAG_BITS) < sequence)
+        differs = exists & ((seen >> TAG_BITS) == sequence) & ((seen & TAG_MASK) != link.tag)
         missing = tl.sum(late.to(tl.int32), 0)
-        spins += 1
+        hopeless = tl.sum((differs | (late & (gone != 0))).to(tl.int32), 0)
+        spins = tl.where(hopeless > 0, link.max_spins, spins + 1)
     tl.debug_barrier()  # what one thread acquired, all threads of this program may read
+    missing += tl.sum(differs.to(tl.int32), 0)
     if (missing > 0) & (stalled == 0):
         tl.store(link.status + LATE + source, tl.zeros((WIRE.world_p2,), tl.int64) + sequence, mask=late)
+        tl.store(link.status + LATE + WIRE.world + source, seen & TAG_MASK, mask=differs)
         tl.store(link.status + STALLED, sequence)
     return (missing == 0).to(tl.int32)
 
@@ -82,7 +105,7 @@ def signal(link: Link, wire: Wire) -> None:
     >>> wire = Wire.of(world=2, top_k=1, max_local=1, row_bytes=16)
     >>> (link, peer), memory = loopback(wire, max_tokens=3)
     >>> signal(link, wire)
-    >>> link.state.tolist(), memory[:, -256:].view(torch.int64)[:, :2].tolist()  # rank 0's word, at both ranks
+    >>> link.state.tolist(), (memory[:, -256:].view(torch.int64)[:, :2] >> 24).tolist()  # rank 0's word, at both ranks
     ([1, 0], [[1, 0], [1, 0]])
     """
     launch(_signal_kernel, (1,), link, num_warps=1, WIRE=wire)
@@ -94,7 +117,8 @@ def signal_ref(link: Link, wire: Wire) -> None:
         return
     link.state[0] += 1
     for rank in range(wire.world):
-        view_memory(int(link.peers[0, int(SIGNALS), rank]), (wire.world,), torch.int64)[link.rank] = link.state[0]
+        words = view_memory(int(link.peers[0, int(SIGNALS), rank]), (wire.world,), torch.int64)
+        words[link.rank] = (link.state[0] << int(TAG_BITS)) | link.tag
 
 
 @triton.jit
@@ -105,14 +129,14 @@ def _wait_kernel(link, WIRE: tl.constexpr):
 def wait(link: Link, wire: Wire) -> None:
     """Wait until all ranks have sent their part of the last operation that this rank sent.
 
-    Gives up after `link.max_spins` polls and notes in `link.status` who was late.
+    Gives up after `link.max_spins` polls, or when that is hopeless, and notes in `link.status` who was late.
 
     >>> wire = Wire.of(world=2, top_k=1, max_local=1, row_bytes=16)
     >>> (link, peer), memory = loopback(wire, max_tokens=3)
     >>> signal(link, wire)
     >>> wait(link, wire)  # rank 1 has not signalled operation 1
     >>> link.status.tolist()
-    [0, 0, 1, 0, 1]
+    [0, 0, 1, 0, 1, 0, 0, 0, 0]
     """
     launch(_wait_kernel, (1,), link, num_warps=1, WIRE=wire)
 
@@ -120,14 +144,22 @@ def wait(link: Link, wire: Wire) -> None:
 def wait_ref(link: Link, wire: Wire) -> None:
     """`wait` in plain torch; the polled words change only through other processes or threads."""
     signals = view_memory(int(link.peers[0, int(SIGNALS), link.rank]), (wire.world,), torch.int64)
+    late, differs, gone = link.status[int(LATE) :].view(3, -1)
     if int(link.status[int(STALLED)]):
         return
+    sequence, bits, mask = int(link.state[0]), int(TAG_BITS), int(TAG_MASK)
     for _ in range(link.max_spins):
-        late = signals < link.state[0]
-        if not late.any():
+        ended = gone != 0
+        seen = signals.clone()
+        missing = seen >> bits < sequence
+        other = (seen >> bits == sequence) & (seen & mask != link.tag)
+        if not (missing | other).any():
             return
-    link.status[int(LATE) :][late] = link.state[0]
-    link.status[int(STALLED)] = link.state[0]
+        if (other | (missing & ended)).any():
+            break
+    late[missing] = sequence
+    differs[other] = seen[other] & mask
+    link.status[int(STALLED)] = sequence
 
 
 def barrier(link: Link, wire: Wire) -> None:
@@ -137,7 +169,7 @@ def barrier(link: Link, wire: Wire) -> None:
     >>> (link,), memory = loopback(wire, max_tokens=3)
     >>> barrier(link, wire)
     >>> link.state.tolist(), link.status.tolist()
-    ([1, 0], [0, 0, 0, 0])
+    ([1, 0], [0, 0, 0, 0, 0, 0])
     """
     signal(link, wire)
     wait(link, wire)

@@ -6,7 +6,8 @@ A buffer holds two *generations* of three areas, used in turn by odd and even op
     meta    (W * max_tokens, meta_words) int32 beside each row: flat expert (K), index in group (K), weight (K), token
     counts  (W, counts_width) int64            per source: pairs, then entries per local expert, stamped with the
                                                sequence number in the upper 32 bits
-    signals (W,) int64                         last operation that each source has finished sending; one for both
+    signals (W,) int64                         last operation that each source has finished sending, and in the lower
+                                               24 bits what kind of operation that was (its tag); one for both
 
 Legend: W ranks, K top-k, M max tokens per rank.
 """
@@ -28,7 +29,10 @@ COUNTS = tl.constexpr(2)
 SIGNALS = tl.constexpr(3)
 FIELDS = 4
 
-# Words of `Link.status`.
+TAG_BITS = tl.constexpr(24)
+TAG_MASK = tl.constexpr((1 << 24) - 1)
+
+# Words of `Link.status`; from LATE on three words per source rank: late, doing something else, gone.
 BAD_ID = tl.constexpr(0)
 ROWS_NEEDED = tl.constexpr(1)
 STALLED = tl.constexpr(2)
@@ -83,9 +87,11 @@ class Link(NamedTuple):
 
     peers: (2, FIELDS, W) int64, address of each area in each rank's buffer, by generation.
     state: (2,) int64: sequence number of the last operation sent; programs of the running kernel that have finished.
-    status: (3 + W,) int64, zero as long as all is well: first bad expert id (see `decode_bad_id`); rows needed when
-        they did not fit; the operation that stalled; per source rank the operation that it was late for.
+    status: (3 + 3 * W,) int64, zero as long as all is well: first bad expert id (see `decode_bad_id`); rows needed when
+        they did not fit; the operation that stalled; per source rank the operation that it was late for; per source
+        rank the tag that it had instead of this rank's. The last W are read: not zero for a rank that has ended.
     rank: this rank. max_tokens: M. max_spins: polls after which a wait gives up.
+    tag: what this operation is, the same on all ranks that do the same; odd, so that Triton compiles for it once.
     """
 
     peers: Tensor
@@ -94,6 +100,7 @@ class Link(NamedTuple):
     rank: int
     max_tokens: int
     max_spins: int
+    tag: int = 3
 
 
 def area_bytes(wire: Wire, max_tokens: int, num_rows: int | None = None) -> tuple[int, int, int, int]:
@@ -142,7 +149,7 @@ def make_link(peers: Tensor, rank: int, max_tokens: int, max_spins: int = 1 << 2
     """A link with fresh state on the device of `peers`."""
     world = peers.shape[2]
     state = torch.zeros(2, dtype=torch.int64, device=peers.device)
-    status = torch.zeros(int(LATE) + world, dtype=torch.int64, device=peers.device)
+    status = torch.zeros(int(LATE) + 3 * world, dtype=torch.int64, device=peers.device)
     return Link(peers, state, status, rank, max_tokens, max_spins)
 
 

@@ -80,19 +80,34 @@ def test_static_size_leaves_the_rest_marked() -> None:
     )
 
 
+@pytest.mark.parametrize("align", [1, 4])
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_the_rest_becomes_zero(layout: str, align: int) -> None:
+    rows, scales = torch.randn(10, 8, device=DEVICE), torch.rand(10, 3, device=DEVICE)
+    align = align if layout == "expert" else 1
+    sizes = {"num_pairs": 30, "num_rows": 90 if layout == "expert" else 30, "align": align, "layout": layout}
+    got, wanted = both(pushed(rows, scales), RowFormat(8, torch.float32, 3), 2, zero_rest=True, **sizes)
+    compare(got, wanted)
+    used = int(got.groups[0, -1]) if layout == "expert" else int((got.wire_row >= 0).sum())
+    assert 0 < used < len(got.x) and got.scales is not None
+    for part in (got.x[used:], got.scales[used:], got.weights[used:]):
+        assert not part.any()
+
+
 @pytest.mark.parametrize("layout", ["expert", "padded"])
 def test_what_does_not_fit_is_left_out_and_reported(layout: str) -> None:
     rows = torch.randn(10, 8, device=DEVICE)
     world = pushed(rows)
-    needed = 12 if layout == "expert" else 0
     align, num_rows = (4, 9) if layout == "expert" else (2, 6)
     got, wanted = both(
         world, RowFormat(8, torch.float32), 0, num_pairs=30, num_rows=num_rows, layout=layout, align=align
     )
     compare(got, wanted)
-    needed = int(got.groups[0, -1]) if layout == "expert" else int(got.groups[1].max())
-    assert needed > (num_rows if layout == "expert" else align)
-    assert int(world.links[0].status[int(ROWS_NEEDED)]) == needed
+    needed = int(world.links[0].status[int(ROWS_NEEDED)])
+    if layout == "expert":  # the groups end where the rows do
+        assert needed > num_rows and int(got.groups[0, -1]) == num_rows
+    else:
+        assert needed == int(got.groups[1].max()) > align
     assert (got.table < num_rows).all()
 
 
@@ -102,7 +117,7 @@ def test_late_ranks_are_named_and_nothing_is_read() -> None:
     world.links[1] = world.links[1]._replace(max_spins=3)
     got = receive(world.arriving(1, RowFormat(8, torch.float32)), experts=world.experts(1), num_pairs=30, num_rows=90)
     status = world.links[1].status
-    assert status[int(LATE) :].tolist() == [1, 0, 1] and int(status[int(STALLED)]) == 1
+    assert status[int(LATE) : int(LATE) + 3].tolist() == [1, 0, 1] and int(status[int(STALLED)]) == 1
     for name, value in zip(Received._fields, got, strict=True):
         if value is not None:
             assert bool((value.contiguous().view(torch.uint8) == POISON).all()), f"{name} was written"

@@ -194,7 +194,17 @@ def test_a_stall_leaves_the_sum_alone() -> None:
     push(numbers(5, 8), sent, world.links[0], wire=world.wire, replay=True)
     come = Arriving(world.links[0]._replace(max_spins=2), world.wire, RowFormat(8, torch.float32))
     got = reduce(come, table_of(4, 2, 5))
-    assert bool((got.view(torch.uint8) == POISON).all()) and world.links[0].status.tolist() == [0, 0, 1, 0, 1]
+    assert bool((got.view(torch.uint8) == POISON).all()) and world.links[0].status.tolist() == [
+        0,
+        0,
+        1,
+        0,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
