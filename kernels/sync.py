@@ -85,10 +85,12 @@ def wait_for_all(link, sequence, WIRE: tl.constexpr):
         hopeless = tl.sum((differs | (late & (gone != 0))).to(tl.int32), 0)
         spins = tl.where(hopeless > 0, link.max_spins, spins + 1)
     tl.debug_barrier()  # what one thread acquired, all threads of this program may read
-    missing += tl.sum(differs.to(tl.int32), 0)
+    num_others = tl.sum(differs.to(tl.int32), 0)
+    missing += num_others
     if (missing > 0) & (stalled == 0):
         tl.store(link.status + LATE + source, tl.zeros((WIRE.world_p2,), tl.int64) + sequence, mask=late)
-        tl.store(link.status + LATE + WIRE.world + source, seen & TAG_MASK, mask=differs)
+        shown = differs | ((source == link.rank) & (source < num_others * WIRE.world))  # this rank's too if any differs
+        tl.store(link.status + LATE + WIRE.world + source, seen & TAG_MASK, mask=shown)
         tl.store(link.status + STALLED, sequence)
     return (missing == 0).to(tl.int32)
 
@@ -158,6 +160,8 @@ def wait_ref(link: Link, wire: Wire) -> None:
         if (other | (missing & ended)).any():
             break
     late[missing] = sequence
+    if other.any():
+        other[link.rank] = True
     differs[other] = seen[other] & mask
     link.status[int(STALLED)] = sequence
 

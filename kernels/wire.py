@@ -89,7 +89,8 @@ class Link(NamedTuple):
     state: (2,) int64: sequence number of the last operation sent; programs of the running kernel that have finished.
     status: (3 + 3 * W,) int64, zero as long as all is well: first bad expert id (see `decode_bad_id`); rows needed when
         they did not fit; the operation that stalled; per source rank the operation that it was late for; per source
-        rank the tag that it had instead of this rank's. The last W are read: not zero for a rank that has ended.
+        rank the tag that it had instead of this rank's, and that one in this rank's place. The last W are read: not
+        zero for a rank that has ended.
     rank: this rank. max_tokens: M. max_spins: polls after which a wait gives up.
     tag: what this operation is, the same on all ranks that do the same; odd, so that Triton compiles for it once.
     """

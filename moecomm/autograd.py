@@ -21,7 +21,7 @@ from moecomm.handle import HANDLE_TENSORS, Dispatched, DispatchHandle
 from moecomm.operations import (
     Homecoming,
     Planned,
-    handle_counts,
+    groups_of,
     start_combine,
     start_dispatch,
     start_replay,
@@ -108,27 +108,43 @@ def dispatch_now(
     planned: Planned = _run(
         core, started, lambda: start_dispatch(core, _payloads(x, scales), topk_idx, topk_weights, layout, align)
     )
-    arrived, route, plan, counts = planned.arrived, planned.route, planned.plan, planned.route.counts
+    arrived, route, plan = planned.arrived, planned.route, planned.plan
     assert arrived.table is not None and arrived.keys is not None
     weights = arrived.weights
     if weights is None:
         weights = _unit_weights(planned, layout)
-    slots = route.slots_S if route.slots_S is not None else plan.order_S.new_empty(0, dtype=torch.int32)
-    host = [torch.from_numpy(counts.expert_counts.copy()), torch.from_numpy(counts.pair_counts.copy())]
-    small = [torch.from_numpy(a).to(x.device) for a in (counts.expert_offsets, counts.tokens_per_expert)]
+    if route is not None and route.slots_S is not None:
+        slots = route.slots_S
+    else:
+        slots = plan.order_S.new_empty(0, dtype=torch.int32)
+    small, held = _count_tensors(planned, x.device)
     scales_out = x.new_empty(0) if arrived.scales is None else arrived.scales
     sent = [plan.order_S, slots, plan.pos_TK, plan.pair_tokens_Q, plan.pair_pos_TW]
-    return (arrived.rows, scales_out, weights, *small, *sent, arrived.table, arrived.keys, *host)  # type: ignore[return-value]
+    return (arrived.rows, scales_out, weights, *small, *sent, arrived.table, arrived.keys, *held)  # type: ignore[return-value]
+
+
+def _count_tensors(planned: Planned, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """What a dispatch says of its counts, and what its handle keeps of them."""
+    groups = planned.groups
+    if groups is not None:
+        small = [part.clone() for part in groups.unbind()]
+        if planned.route is None:
+            return small, [groups, groups.new_empty(0)]
+    assert planned.route is not None, "without a route the device knows the groups"
+    counts = planned.route.counts
+    if groups is None:
+        small = [torch.from_numpy(a).to(device) for a in (counts.expert_offsets, counts.tokens_per_expert)]
+    return small, [torch.from_numpy(counts.expert_counts.copy()), torch.from_numpy(counts.pair_counts.copy())]
 
 
 def _unit_weights(planned: Planned, layout: str) -> Tensor:
     """Weight 1 for every entry, 0 where there is none."""
-    arrived, counts = planned.arrived, planned.route.counts
-    assert arrived.table is not None
+    arrived, route = planned.arrived, planned.route
+    assert arrived.table is not None and route is not None
     if layout == "rank":
         return (arrived.table >= 0).float()
     weights = torch.ones(arrived.rows.shape[0], dtype=torch.float32, device=arrived.rows.device)
-    weights[torch.from_numpy(counts.padding_rows()).to(weights.device)] = 0
+    weights[torch.from_numpy(route.counts.padding_rows()).to(weights.device)] = 0
     return weights
 
 
@@ -139,15 +155,24 @@ operator(dispatch_now)
 def _(
     x: Any, scales: Any, topk_idx: Any, topk_weights: Any, buffer_id: Any, layout: Any, align: Any, started: Any
 ) -> Any:
-    tables, size, rank = _facts(buffer_id)
+    (tables, size, rank), fused = _facts(buffer_id), core_of(buffer_id).fused
     num_tokens, top_k = topk_idx.shape
     num_experts = tables.placement.num_experts
     num_local = tables.placement.experts_per_rank[rank]
-    context = torch.library.get_ctx()
-    num_rows, num_sent, num_pairs = (context.new_dynamic_size() for _ in range(3))
-    by_entry = layout == "expert"
-    num_received = context.new_dynamic_size() if by_entry else num_rows
-    i32, host = {"dtype": torch.int32}, {"dtype": torch.int32, "device": "cpu"}
+    by_entry, i32, host = layout == "expert", {"dtype": torch.int32}, {"dtype": torch.int32, "device": "cpu"}
+    sizes = None if fused is None else fused.static_sizes(layout)
+    num_rows: Any
+    num_sent: Any
+    num_pairs: Any
+    if sizes is None:
+        context = torch.library.get_ctx()
+        num_rows, num_sent, num_pairs = (context.new_dynamic_size() for _ in range(3))
+        num_received = context.new_dynamic_size() if by_entry else num_rows
+        counts = [x.new_empty(size, num_experts, **host), x.new_empty(size, size, **host)]
+    else:
+        num_rows, num_received = sizes
+        num_sent, num_pairs = 0, 0
+        counts = [x.new_empty(2, num_local, **i32), x.new_empty(0, **i32)]
     return (
         x.new_empty(num_rows, x.shape[1]),
         x.new_empty(0) if scales is None else scales.new_empty(num_rows, *scales.shape[1:]),
@@ -161,8 +186,7 @@ def _(
         x.new_empty(num_tokens, size, **i32),
         x.new_empty(num_received, top_k, **i32),
         x.new_empty(core_of(buffer_id).keys_per_pair * num_received, **i32),
-        x.new_empty(size, num_experts, **host),
-        x.new_empty(size, size, **host),
+        *counts,
     )
 
 
@@ -388,8 +412,7 @@ def replayed(
     rows, scales_out, weights = run(*args)
     if topk_weights is not None:
         handle = replace(handle, topk_weights=topk_weights.detach().clone(), row_weights=weights)
-    counts = handle_counts(core_of(handle.buffer_id), handle)
-    offsets, per_expert = (torch.from_numpy(a).to(x.device) for a in (counts.expert_offsets, counts.tokens_per_expert))
+    offsets, per_expert = groups_of(core_of(handle.buffer_id), handle, x.device)
     return _arrange(rows, None if scales is None else scales_out, offsets, per_expert, handle)
 
 

@@ -17,7 +17,7 @@ from moecomm.checks import BufferConfig, Checker, agree, configure
 from moecomm.core import Core
 from moecomm.encoding import arranged, encoded, spec_of
 from moecomm.errors import MoECommError
-from moecomm.footprint import MemoryPlan, count_bytes, explain, kernel_shape, memory_plan
+from moecomm.footprint import MemoryPlan, count_bytes, explain, kernel_shape, memory_plan, with_kernels
 from moecomm.fused import FusedOperations
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, PaddedHandle, Pending
@@ -59,6 +59,13 @@ class Buffer:
         beside_bytes: room for the second of a pair, beside rows of the buffer's dtype.
         check: "off", "cheap" (a tag of every row is compared on arrival) or "full" (and a check sum of all its bytes);
             None: MOECOMM_CHECK, or "off". What does not fit raises CorruptionError on all ranks.
+        engine: with kernels, who moves rows: "kernels", or "copy": kernels pack them and the GPU's copy engines do the
+            rest, so that communication occupies no multiprocessor; the host then waits for the packing.
+        num_sms: with kernels, multiprocessors that they may fill; None: one for each 128 KiB that a rank sends at most,
+            M * min(K, W) rows.
+        max_recv_tokens: with kernels, rows that every dispatch gives, whatever comes: those behind the last are zero,
+            no operation asks the host, and all can be captured in a CUDA graph. What kernels find wrong is raised by
+            `synchronize`. None: as many rows as come.
 
     Raises:
         ConfigError: an argument is wrong, or ranks were given different ones (which field, which ranks).
@@ -92,6 +99,9 @@ class Buffer:
         topology: Topology | None = None,
         beside_bytes: int = 0,
         check: str | None = None,
+        engine: str = "kernels",
+        num_sms: int | None = None,
+        max_recv_tokens: int | None = None,
     ) -> None:
         self._group = Group.resolve(group)
         self._id = secrets.randbits(62)  # no other process has it, so its handles are nobody's here
@@ -112,10 +122,14 @@ class Buffer:
             topology=topology,
             beside_bytes=beside_bytes,
             check=check,
+            engine=engine,
+            num_sms=num_sms,
+            max_recv_tokens=max_recv_tokens,
         )
         self.config, buffer_ids = self._agree(given)
         self._topology = Topology.detect(self._group, given=topology, timeout_s=self.config.timeout_s)
-        chosen, self._answers = select(self.config.transport, self._group, self._topology, self.config.device)
+        wanted = with_kernels(self.config, self._group.rank)
+        chosen, self._answers = select(wanted, self._group, self._topology, self.config.device)
         memory = memory_plan(self.config, self._group.size)
         options = TransportOptions(
             device=self.config.device,
@@ -133,9 +147,10 @@ class Buffer:
             reduce=reduce,
             dtype=dtype,
         )
-        self._check = Checker(self.config, self._group.rank, self._id)
         if isinstance(self._core.transport, KernelTransport):
             self._core.fused = FusedOperations(self._core.transport, self._core.tables)
+        by_kernels = self._core.fused is not None
+        self._check = Checker(self.config, self._group.rank, self._id, ids_on_device=by_kernels)
         integrity.attach(self._core, self.config.check)
         self._padded = PaddedOperations(self._core, self._check)
         autograd.CORES[self._id] = self._core
@@ -418,6 +433,21 @@ class Buffer:
         0
         """
         return self._core.stats()
+
+    def synchronize(self) -> None:
+        """Wait on the host for what kernels do, and raise what they found wrong; other transports never put that off.
+
+        Raises:
+            RoutingError: an expert id was out of range; it was taken for none, and the buffer goes on.
+            CapacityError: more rows came than `max_recv_tokens`; some were left out, and the buffer goes on.
+            DesyncError, StallError, PeerLostError: the ranks did not come together; the buffer is of no more use.
+
+        >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).synchronize()
+        """
+        self._core.check_usable()
+        if self._core.fused is not None:
+            with self._core.guarded():
+                self._core.fused.synchronize()
 
     def close(self) -> None:
         """Free everything; idempotent, waits for nobody. What was handed out stays valid."""

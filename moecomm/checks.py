@@ -23,6 +23,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 LAYOUTS = ("expert", "rank", "padded")
 REDUCES = ("rank", "source")
 CHECKS = ("off", "cheap", "full")
+ENGINES = ("kernels", "copy")
 MAX_ALIGN = 256
 TAG_BYTES = 24  # beside each checked row, see `moecomm.integrity`
 
@@ -57,6 +58,9 @@ class BufferConfig:
     topology: Topology | None = None
     beside_bytes: int = 0
     check: str = "off"
+    engine: str = "kernels"
+    num_sms: int | None = None
+    max_recv_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden", "top_k", "max_tokens_per_rank", "num_segments", "beside_bytes"):
@@ -85,6 +89,18 @@ class BufferConfig:
             if self.topology.num_ranks != num_ranks:
                 what = "topology is for another number of ranks"
                 raise self._refusal(what, f"{self.topology.num_ranks} ranks", f"{num_ranks}, those of the group")
+        self._check_kernel_options()
+
+    def _check_kernel_options(self) -> None:
+        for name in ("num_sms", "max_recv_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise self._refusal(f"{name} is no count", repr(value), "an integer of at least 1, or None")
+        if self.engine not in ENGINES:
+            raise self._refusal("engine is unknown", repr(self.engine), f"one of {ENGINES}")
+        if self.engine == "copy" and self.max_recv_tokens is not None:
+            what, expected = "the copy engines need the host for every send", "max_recv_tokens=None"
+            raise self._refusal(what, f"max_recv_tokens={self.max_recv_tokens}, which does without", expected)
 
     @classmethod
     def of(
@@ -122,6 +138,12 @@ class BufferConfig:
     def tag_bytes(self) -> int:
         """Bytes of tags beside each row, at most: for the rows alone, or for rows, scales, weights and tables."""
         return {"off": 0, "cheap": TAG_BYTES, "full": 4 * TAG_BYTES}[self.check]
+
+    def kernel_options(self) -> dict[str, Any]:
+        """Options that are not left to their defaults and mean something to kernels only."""
+        given: dict[str, Any] = {"num_sms": self.num_sms, "max_recv_tokens": self.max_recv_tokens}
+        given["engine"] = None if self.engine == "kernels" else self.engine
+        return {name: value for name, value in given.items() if value is not None}
 
     def differences(self, others: Sequence[BufferConfig]) -> str:
         """Which fields differ between ranks, and who has what; empty if none does. Of devices the type counts."""
@@ -205,6 +227,17 @@ def _device(device: Any) -> torch.device:
         raise ConfigError(what, got=got, expected=expected, remedy=remedy) from None
 
 
+def bad_id(token: int, k: int, got: int, num_experts: int, rank: int) -> RoutingError:
+    """The error of an expert id that is out of range."""
+    return RoutingError(
+        f"topk_idx[{token}, {k}] names no expert",
+        got=got,
+        expected=f"0 to {num_experts - 1}, or -1 for none",
+        remedy="look at the router, or build the buffer with more experts",
+        rank=rank,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Checker:
     """Refuses wrong arguments by name; `rank` is this rank."""
@@ -212,6 +245,7 @@ class Checker:
     config: BufferConfig
     rank: int
     buffer_id: int
+    ids_on_device: bool = False  # ids out of range are found by whoever plans, without the host
 
     def dispatch(
         self,
@@ -313,16 +347,10 @@ class Checker:
     def routing(self, topk_idx: Any, num_tokens: int) -> None:
         """Check a (T, K) routing: shape, dtype, and that every id names an expert or is -1."""
         self.tensor("topk_idx", topk_idx, (num_tokens, self.config.top_k), INDEX_DTYPES, RoutingError)
-        bad = first_bad_entry(topk_idx, self.config.num_experts)
+        bad = None if self.ids_on_device else first_bad_entry(topk_idx, self.config.num_experts)
         if bad is not None:
             token, k = divmod(bad, self.config.top_k)
-            raise self.error(
-                RoutingError,
-                f"topk_idx[{token}, {k}] names no expert",
-                got=int(topk_idx[token, k]),
-                expected=f"0 to {self.config.num_experts - 1}, or -1 for none",
-                remedy="look at the router, or build the buffer with more experts",
-            )
+            raise bad_id(token, k, int(topk_idx[token, k]), self.config.num_experts, self.rank)
 
     def replay(self, handle: Any, topk_idx: Any, layout: Any, align: Any, num_tokens: int) -> None:
         """Check what replays a handle: a handle of this buffer, the same number of tokens, no other routing."""

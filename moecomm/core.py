@@ -90,7 +90,7 @@ class Core:
         try:
             yield
         except MoECommError as error:
-            self.failure = error
+            self.failure = None if error.harmless else error
             raise
         except BaseException as error:
             what = f"rank {self.rank} broke off with {type(error).__name__}: {error}"

@@ -19,6 +19,8 @@ class MoECommError(Exception):
         seq: sequence number of that operation on this buffer.
         peers: the ranks that caused it.
 
+    harmless: set where the operation came to its end on all ranks all the same, so that the buffer goes on.
+
     >>> print(ConfigError("top_k does not fit", got=9, expected="at most 8", remedy="lower top_k", rank=0))
     rank 0: top_k does not fit: got 9; expected at most 8; lower top_k
     """
@@ -37,6 +39,7 @@ class MoECommError(Exception):
     ) -> None:
         self.what, self.got, self.expected, self.remedy = what, got, expected, remedy
         self.rank, self.operation, self.seq, self.peers = rank, operation, seq, tuple(peers)
+        self.harmless = False
         prefix = "" if rank is None else f"rank {rank}: "
         if operation is not None:
             prefix += operation + ("" if seq is None else f" #{seq}") + ": "

@@ -1,4 +1,4 @@
-"""What a buffer takes on each rank, and how it explains itself."""
+"""What a buffer takes on each rank, which of its options need kernels, and how it explains itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import final
 
 from moecomm.checks import MAX_ALIGN, BufferConfig
+from moecomm.errors import UnsupportedError
+from moecomm.memory.device import moves_by_kernels
 from moecomm.memory.mail import mail_bytes
 from moecomm.quant import FORMATS, QuantSpec
 from moecomm.rows import backend as rows_backend
@@ -13,6 +15,7 @@ from moecomm.topology import Topology
 from moecomm.transport.base import NUM_AREAS, SLOT_ALIGN_BYTES, KernelShape, Support
 
 _PAGE_BYTES = 4096
+_BYTES_PER_SM = 128 * 1024  # 2048 threads of 64 bytes each
 
 
 @final
@@ -37,6 +40,23 @@ class MemoryPlan:
     padded_bytes: int
     total_bytes: int
     uniform_bytes: int
+
+
+def with_kernels(config: BufferConfig, rank: int) -> str:
+    """The transport to select: what needs kernels rules out the others, and is refused where there are none."""
+    needs = [f"{name}={value!r}" for name, value in config.kernel_options().items()]
+    if not needs:
+        return config.transport
+    if config.transport not in ("auto", "symmetric") or not moves_by_kernels(config.device):
+        raise UnsupportedError(
+            f"{', '.join(needs)}: only kernels know what that is",
+            got=f"transport {config.transport!r} with rows on {config.device}",
+            expected='transport "symmetric" on a GPU, or on the CPU with TRITON_INTERPRET=1',
+            remedy="leave it out",
+            rank=rank,
+            operation="Buffer()",
+        )
+    return "symmetric"
 
 
 def memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
@@ -73,13 +93,32 @@ def count_bytes(config: BufferConfig, num_ranks: int) -> int:
 def kernel_shape(config: BufferConfig) -> KernelShape:
     """Rows have what travels behind them at a multiple of 16 bytes; gradients of weights travel as rows of K floats."""
     room = -(-config.row_bytes // 16) * 16 + 16
+    on_gpu = config.device.type != "cpu"
     return KernelShape(
         top_k=config.top_k,
         most_local=max(config.placement.experts_per_rank),
         max_tokens=config.max_tokens_per_rank,
         row_bytes=max(room, 4 * config.top_k),
         each=config.reduce == "source",
+        num_sms=config.num_sms or (default_num_sms(config) if on_gpu else None),
+        copies=config.engine == "copy",
+        max_recv_tokens=config.max_recv_tokens,
     )
+
+
+def default_num_sms(config: BufferConfig) -> int:
+    """One multiprocessor for every 128 KiB of a full send, which is what it holds in flight at once.
+
+    M * min(K, W) rows are sent at most. A kernel never takes more than the GPU has.
+
+    >>> import torch
+    >>> shape = {"num_experts": 256, "hidden": 7168, "top_k": 8, "reduce": "rank", "num_segments": 2}
+    >>> shape |= {"dtype": torch.bfloat16, "transport": "auto", "placement": None, "timeout_s": 1.0, "device": "cpu"}
+    >>> [default_num_sms(BufferConfig.of(8, max_tokens_per_rank=tokens, **shape)) for tokens in (1, 16, 128, 4096)]
+    [1, 14, 112, 3584]
+    """
+    pairs = config.max_tokens_per_rank * min(config.top_k, config.placement.num_ranks)
+    return -(-pairs * config.row_bytes // _BYTES_PER_SM)
 
 
 def explain(chosen: str, config: BufferConfig, answers: dict[str, Support], topology: Topology) -> str:

@@ -47,6 +47,15 @@ def handle_counts(core: Core, handle: DispatchHandle) -> Counts:
     return Counts(handle.expert_counts.numpy(), handle.pair_counts.numpy(), rank_starts, core.rank, handle.align)
 
 
+def groups_of(core: Core, handle: DispatchHandle, device: torch.device) -> tuple[Tensor, Tensor]:
+    """End of each local expert's group, and its tokens: (L,) int32 each."""
+    if not handle.pair_counts.numel():  # static sizes: see moecomm.fused
+        ends, tokens = handle.expert_counts.unbind()
+        return ends.clone(), tokens.clone()
+    counts = handle_counts(core, handle)
+    return torch.from_numpy(counts.expert_offsets).to(device), torch.from_numpy(counts.tokens_per_expert).to(device)
+
+
 def routing_tag(handle: DispatchHandle) -> str:
     """What all ranks must have in common in the routing of a handle: a check sum of the counts."""
     return f"routing={zlib.crc32(handle.expert_counts.numpy().tobytes()):08x}"
@@ -204,11 +213,15 @@ class Arrived:
 
 @dataclass(eq=False, slots=True)
 class Planned:
-    """What a planned dispatch knows beside what arrived."""
+    """What a planned dispatch knows beside what arrived.
+
+    route: None where only the device knows the counts. groups: (2, L) int32 there: end of each group, and its tokens.
+    """
 
     arrived: Arrived
-    route: Route
+    route: Route | None
     plan: SendPlan
+    groups: Tensor | None = None
 
 
 def start_dispatch(

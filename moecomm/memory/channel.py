@@ -130,6 +130,23 @@ class Channel:
             except OSError:
                 self._lost.add(peer)
 
+    def ends(self, timeout_s: float) -> list[int]:
+        """Listen for a while; the peers that have ended, closed their buffer or given up so far."""
+        self._pump(timeout_s)
+        return [peer for peer in self.peers if peer in self._lost or Signal.ABORT in self._said[peer]]
+
+    def raise_ended(self, ended: Sequence[int], seq: int, tag: str) -> NoReturn:
+        """Raise what became of peers that have ended."""
+        self._raise_aborts(seq, tag)
+        self._raise_lost(ended, seq, tag)
+
+    def leave(self) -> None:
+        """Say goodbye and hear no more: who listens in another thread is woken up. `close` afterwards."""
+        for peer, sock in self._sockets.items():
+            with contextlib.suppress(OSError):
+                self._send(peer, Signal.BYE)
+                sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Say goodbye and close; idempotent."""
         for peer, sock in self._sockets.items():

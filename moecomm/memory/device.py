@@ -26,11 +26,12 @@ from moecomm.memory.host import HostMemory, host_memory_support
 class DeviceMemory:
     """One rank's area and where all of them are.
 
-    tensor: (bytes,) uint8, zero at first. addresses: of every rank's area, as seen from here. keeps: what must live as
-    long as the addresses are used.
+    tensor: (bytes,) uint8, zero at first. views: every rank's area as a (bytes,) uint8 tensor. addresses: of those, as
+    seen from here. keeps: what must live as long as they are used.
     """
 
     tensor: Tensor
+    views: list[Tensor]
     addresses: list[int]
     keeps: tuple[Any, ...]
 
@@ -71,7 +72,7 @@ def share_device_memory(group: Group, device: torch.device, nbytes: int, timeout
     _check_peers(group, device, timeout_s)
     if group.size == 1:
         tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        return DeviceMemory(tensor, [tensor.data_ptr()], ())
+        return DeviceMemory(tensor, [tensor], [tensor.data_ptr()], ())
     import torch.distributed._symmetric_memory as symmetric
 
     assert group.process_group is not None, "asked before with device_memory_support"
@@ -96,7 +97,8 @@ def share_device_memory(group: Group, device: torch.device, nbytes: int, timeout
             rank=group.rank,
         ) from error
     group.barrier(timeout_s=timeout_s, operation="symmetric memory")  # nobody writes before everybody's area is zero
-    return DeviceMemory(tensor, list(handle.buffer_ptrs), (handle,))
+    views = [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
+    return DeviceMemory(tensor, views, list(handle.buffer_ptrs), (handle,))
 
 
 def _check_peers(group: Group, device: torch.device, timeout_s: float) -> None:
@@ -160,7 +162,7 @@ def _share_host(group: Group, nbytes: int, timeout_s: float) -> DeviceMemory:
     finally:
         os.close(fd)
     tensors = [memory.tensor for memory in maps]
-    return DeviceMemory(tensors[group.rank], [tensor.data_ptr() for tensor in tensors], tuple(maps))
+    return DeviceMemory(tensors[group.rank], tensors, [tensor.data_ptr() for tensor in tensors], tuple(maps))
 
 
 def _map_of(pid: int, number: int, nbytes: int, rank: int) -> HostMemory:

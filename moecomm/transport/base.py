@@ -221,7 +221,9 @@ class KernelShape:
     """What kernels need to know of a layer when they are compiled.
 
     top_k: K. most_local: most experts on any rank. max_tokens: M. row_bytes: of the longest row with what travels
-    behind it. each: whether every (token, k) row may come home by itself.
+    behind it. each: whether every (token, k) row may come home by itself. num_sms: multiprocessors for the kernels,
+    None: as Triton's interpreter likes it. copies: whether copy engines move the rows. max_recv_tokens: rows that a
+    dispatch gives, whatever comes; None: as many as come.
     """
 
     top_k: int
@@ -229,6 +231,9 @@ class KernelShape:
     max_tokens: int
     row_bytes: int
     each: bool
+    num_sms: int | None = None
+    copies: bool = False
+    max_recv_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
