@@ -44,9 +44,12 @@ class Received(NamedTuple):
 
 @triton.jit
 def _plan_groups(
-    starts, groups, counts, align, num_rows, link, WIRE: tl.constexpr, LOCAL: tl.constexpr, LAYOUT: tl.constexpr
+    starts, groups, counts, align, num_rows, WIRE: tl.constexpr, LOCAL: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    """Write, for this program alone, where the run of each source begins in each group; then ends and tokens."""
+    """Write, for this program alone, where the run of each source begins in each group; then ends and tokens.
+
+    Gives the rows that are needed, 0 if they fit.
+    """
     source = tl.arange(0, WIRE.world_p2)[:, None]
     local = tl.arange(0, WIRE.local_p2)[None, :]
     place = counts + source * WIRE.counts_width + 1 + local
@@ -62,18 +65,19 @@ def _plan_groups(
     tl.store(starts + WIRE.world_p2 * WIRE.local_p2 + local, ends)
     tl.store(starts + (WIRE.world_p2 + 1) * WIRE.local_p2 + local, tokens)
     tl.debug_barrier()  # other threads of this program read it
+    if LAYOUT == PADDED:
+        needed, room = tl.max(tokens, 0), align
+    elif LAYOUT == EXPERT:
+        needed, room = tl.max(ends, 0), num_rows
+    else:
+        needed, room = 0, num_rows
     if tl.program_id(0) == 0:
-        if LAYOUT == PADDED:
-            needed, room = tl.max(tokens, 0), align
-        else:
-            needed, room = tl.max(ends, 0), num_rows
-        if (needed > room) & (LAYOUT != RANK):
-            tl.store(link.status + ROWS_NEEDED, needed)
         if LAYOUT == EXPERT:  # whoever works through the groups must find no more than there are rows
             tokens = tl.maximum(tl.minimum(tokens, num_rows - (ends - padded)), 0)
             ends = tl.minimum(ends, num_rows)
         tl.store(groups + local, ends, mask=local < LOCAL)
         tl.store(groups + LOCAL + local, tokens, mask=local < LOCAL)
+    return tl.where(needed > room, needed, 0)
 
 
 @triton.jit
@@ -160,13 +164,14 @@ def _receive_kernel(
     meta_area = area_of(link, generation, META, link.rank, WIRE)
     counts = area_of(link, generation, COUNTS, link.rank, WIRE).to(tl.pointer_type(tl.int64))
     starts = scratch + tl.program_id(0) * ((WIRE.world_p2 + 2) * WIRE.local_p2)
-    _plan_groups(starts, groups, counts, align, num_rows, link, WIRE, LOCAL, LAYOUT)
+    needed = _plan_groups(starts, groups, counts, align, num_rows, WIRE, LOCAL, LAYOUT)
     sources = tl.arange(0, WIRE.world_p2)
     pairs = tl.load(counts + sources * WIRE.counts_width, mask=sources < WIRE.world, other=0).to(tl.int32)
     ends = tl.cumsum(pairs, 0)
     total = tl.sum(pairs, 0)
-    if (tl.program_id(0) == 0) & (total > num_pairs):
-        tl.store(link.status + ROWS_NEEDED, total)
+    needed = tl.maximum(needed, tl.where(total > num_pairs, total, 0))
+    if (tl.program_id(0) == 0) & (needed > 0):
+        tl.store(link.status + ROWS_NEEDED, needed)
     for pair in range(tl.program_id(0), num_pairs, tl.num_programs(0)):
         if pair < total:
             source = tl.sum(((ends <= pair) & (sources < WIRE.world)).to(tl.int32), 0)

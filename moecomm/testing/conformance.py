@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import moecomm
 from moecomm.errors import MoECommError, UnsupportedError
@@ -49,6 +50,7 @@ def run_conformance(
     reduces: Sequence[str] = ("rank", "source"),
     timeout_s: float = 60.0,
     check: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[ConformanceResult]:
     """Run cases on a buffer of this transport; collective, every rank calls it with the same arguments.
 
@@ -67,6 +69,7 @@ def run_conformance(
         reduces: of the buffer.
         timeout_s: deadline of every wait in seconds.
         check: what `moecomm.Buffer` takes.
+        options: more of what `moecomm.Buffer` takes, which must not change results.
 
     Returns:
         One row per case, layout and reduce; ok is False if a check failed or an operation raised.
@@ -91,7 +94,7 @@ def run_conformance(
         else:
             buffer = None
             try:
-                buffer = _build(case, group, transport, reduce, timeout_s, check)
+                buffer = _build(case, group, transport, reduce, timeout_s, {"check": check, **(options or {})})
                 world_size, rank = buffer.group.size, buffer.group.rank
                 _run(case, buffer, layout, reduce, rounds, checks)
             except Exception as error:
@@ -119,7 +122,7 @@ def run_conformance(
 
 
 def _build(
-    case: Case, group: object, transport: str, reduce: str, timeout_s: float, check: str | None
+    case: Case, group: object, transport: str, reduce: str, timeout_s: float, options: Mapping[str, Any]
 ) -> moecomm.Buffer:
     world_size = Group.resolve(group).size
     return moecomm.Buffer(
@@ -133,7 +136,7 @@ def _build(
         placement=case.placement(world_size),
         reduce=reduce,
         timeout_s=timeout_s,
-        check=check,
+        **options,
     )
 
 

@@ -43,12 +43,17 @@ def prepare() -> None:
     check_overflow(False)
 
 
-def run_on_rank(rank: int, name: str, rounds: int, reduces: tuple[str, ...]) -> list[ConformanceResult]:
+def run_on_rank(
+    rank: int, name: str, rounds: int, reduces: tuple[str, ...], options: dict[str, object] | None = None
+) -> list[ConformanceResult]:
     import triton
 
     assert triton.knobs.runtime.interpret
     prepare()
-    return run_conformance(None, "symmetric", [CASES[name]], rounds=rounds, reduces=reduces, timeout_s=DEADLINE_S)
+    cases = [CASES[name]]
+    return run_conformance(
+        None, "symmetric", cases, rounds=rounds, reduces=reduces, timeout_s=DEADLINE_S, options=options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,22 @@ def test_named_case(
 ) -> None:
     results_of_ranks = pool_of(world_size).run(run_on_rank, name, rounds, reduces)
     demand(results_of_ranks, world_size, 2 * len(reduces))
+
+
+@pytest.mark.timeout(DEADLINE_S + 30)
+@pytest.mark.parametrize(
+    ("world_size", "name", "options"),
+    [
+        (2, "duplicate_expert", {"engine": "copy"}),
+        (2, "quantised_pair", {"engine": "copy", "num_sms": 1}),
+        (4, "rank_without_experts", {"engine": "copy"}),
+    ],
+)
+def test_copy_engines_and_budgets_change_nothing(
+    pool_of: Callable[[int], RankPool], world_size: int, name: str, options: dict[str, object]
+) -> None:
+    results_of_ranks = pool_of(world_size).run(run_on_rank, name, 1, BOTH, options)
+    demand(results_of_ranks, world_size, 4)
 
 
 # -- it is the kernels that run, and waits end ---------------------------------------------------------------------
