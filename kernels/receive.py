@@ -21,6 +21,14 @@ EXPERT, PADDED, RANK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _LAYOUTS = {"expert": EXPERT, "padded": PADDED, "rank": RANK}
 
 
+class _Arrangement(NamedTuple):
+    """How rows are to lie, known when the kernel is compiled. local: L."""
+
+    layout: int
+    local: int
+    zero_rest: bool
+
+
 class Received(NamedTuple):
     """What `receive` brought.
 
@@ -152,10 +160,10 @@ def _receive_kernel(
     num_rows,
     WIRE: tl.constexpr,
     ROW: tl.constexpr,
-    LOCAL: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    ZERO_REST: tl.constexpr,
+    TO: tl.constexpr,
 ):
+    LOCAL: tl.constexpr = TO.local
+    LAYOUT: tl.constexpr = TO.layout
     sequence = tl.load(link.state)
     if wait_for_all(link, sequence, WIRE) == 0:
         return
@@ -191,12 +199,12 @@ def _receive_kernel(
             tl.store(origin + num_pairs + pair, -1)
             if LAYOUT == RANK:
                 tl.store(weights + line, tl.zeros((WIRE.top_k_p2,), tl.float32), mask=k < WIRE.top_k)
-                if ZERO_REST:
+                if TO.zero_rest:
                     zero_row(out, out_scales, None, pair, 0, ROW)
     if LAYOUT == EXPERT:
         group_ends = starts + WIRE.world_p2 * WIRE.local_p2
         zero_padding(out, out_scales, weights, group_ends, group_ends + WIRE.local_p2, align, num_rows, ROW, LOCAL)
-        if ZERO_REST:
+        if TO.zero_rest:
             zero_rest(out, out_scales, weights, group_ends, num_rows, ROW, LOCAL)
 
 
@@ -257,9 +265,7 @@ def receive(
         num_warps=warps,
         WIRE=wire,
         ROW=row,
-        LOCAL=count,
-        LAYOUT=_LAYOUTS[layout].value,
-        ZERO_REST=zero_rest,
+        TO=_Arrangement(_LAYOUTS[layout].value, count, zero_rest),
     )
     return out._replace(wire_row=origin[0], token=origin[1])
 

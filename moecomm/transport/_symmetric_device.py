@@ -24,7 +24,7 @@ from moecomm.topology import Topology
 from moecomm.transport._copy_engine import CopyEngine
 from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
 
-_POLLS_PER_S = {"cuda": 1_000_000, "cpu": 3_000}  # of a kernel that waits: an estimate, for there is no clock in it
+_POLLS_PER_S = {"cuda": 1_000_000, "cpu": 1_000}  # of a kernel that waits: an estimate, for there is no clock in it
 _PAUSE_S = 50e-6
 _KINDS = ("dispatch", "combine")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,7 +59,7 @@ def without_host(buffer: moecomm.Buffer, work: Callable[[], Any]) -> Any:
     plain = _launch.launch
 
     def launched(*args: Any, **options: Any) -> None:
-        with torch.utils._python_dispatch._disable_current_modes():  # type: ignore[attr-defined]
+        with torch.utils._python_dispatch._disable_current_modes():
             plain(*args, **options)
 
     def read(*_: Any) -> None:
@@ -129,10 +130,11 @@ def read_something(rank: int) -> list[str]:
     """The proof can fail: a buffer with exact sizes reads, and so does a tensor that is asked for its value."""
     prepare()
     found = []
-    for work in (lambda b: b.dispatch(*inputs(0, 0)), lambda b: torch.ones(3)[torch.ones(3) > 0].sum().item()):
+    works = (lambda b: b.dispatch(*inputs(0, 0)), lambda b: torch.ones(3)[torch.ones(3) > 0].sum().item())
+    for work in works:
         with build() as buffer:
             try:
-                without_host(buffer, lambda work=work, buffer=buffer: work(buffer))
+                without_host(buffer, functools.partial(work, buffer))
             except AssertionError as error:
                 found.append(str(error))
             torch.distributed.barrier()
@@ -153,6 +155,7 @@ def too_many(rank: int) -> tuple[str, list[int], bool]:
     message = "accepted"
     with build(max_recv_tokens=3) as buffer:
         offsets = buffer.dispatch(torch.ones(T, H), torch.zeros(T, K, dtype=torch.int64)).expert_offsets
+        assert offsets is not None
         try:
             buffer.synchronize()
         except CapacityError as error:
