@@ -22,7 +22,7 @@ STAMP := $(VENV)/.moecomm-$(EXTRAS)
 TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench kernel-report gpu-check wheel clean
+.PHONY: help setup demo test check docs format bench kernel-report gpu-check wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,12 +48,17 @@ check: $(STAMP)  ## formatting, lint and types
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## the documentation as a site in out/site, without a warning
+	$(PY) docs/diagrams.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(STAMP)  ## dispatch and combine against the framework path and the memcpy roof
-	$(TORCHRUN) --nproc-per-node $(BENCH_RANKS) bench/bench_dispatch_combine.py $(BENCH_ARGS)
+bench: $(STAMP)  ## dispatch and combine against baseline and roof: a table, plots and a page in out/bench
+	$(TORCHRUN) --nproc-per-node $(BENCH_RANKS) bench/bench_dispatch_combine.py --out out/bench/run $(BENCH_ARGS)
+	$(PY) bench/report.py out/bench/run.json
 
 kernel-report: $(STAMP)  ## registers, shared memory and instructions of every kernel, per target
 	$(PY) bench/kernel_report.py $(ARGS)

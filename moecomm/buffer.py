@@ -21,6 +21,7 @@ from moecomm.footprint import MemoryPlan, count_bytes, explain, kernel_shape, me
 from moecomm.fused import FusedOperations
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, PaddedHandle, Pending
+from moecomm.metrics import Stats
 from moecomm.operations import Homecoming, start_combine, start_dispatch, start_replay
 from moecomm.padded import PaddedOperations
 from moecomm.placement import ExpertPlacement
@@ -426,13 +427,15 @@ class Buffer:
         """
         return explain(self.transport, self.config, self._answers, self._topology)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> Stats:
         """Counters since construction: operations, rows and bytes sent, leases and copies, seconds per phase.
+
+        A dict; `.prometheus(rank=0)` gives the same as text.
 
         >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).stats()["dispatches"]
         0
         """
-        return self._core.stats()
+        return Stats(self._core.stats())
 
     def synchronize(self) -> None:
         """Wait on the host for what kernels do, and raise what they found wrong; other transports never put that off.

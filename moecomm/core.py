@@ -11,25 +11,40 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.profiler import record_function
 
 from moecomm.errors import MoECommError, PeerLostError, StaleHandleError
 from moecomm.plan import PlacementTables
 from moecomm.transport.base import Transport
 
+_is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled  # 0.1 us
+
 
 class Phase:
-    """Adds the time that a `with` block takes to an entry of a table; a fifth of the cost of a generator."""
+    """Adds the time that a `with` block takes to an entry of a table; a fifth of the cost of a generator.
 
-    __slots__ = ("_name", "_start", "_total_s")
+    Under a profiler it also appears there as `moecomm::NAME`, and the bytes counted meanwhile as an event inside it:
+    `moecomm::bytes local=... remote=...`.
+    """
 
-    def __init__(self, total_s: dict[str, float], name: str) -> None:
-        self._total_s, self._name = total_s, name
+    __slots__ = ("_before", "_core", "_name", "_shown", "_start")
+
+    def __init__(self, core: Core, name: str) -> None:
+        self._core, self._name = core, name
 
     def __enter__(self) -> None:
+        self._shown = None
+        if _is_profiling():
+            self._shown = record_function(f"moecomm::{self._name}")
+            self._shown.__enter__()
+            self._before = self._core.bytes_sent()
         self._start = perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._total_s[self._name] += perf_counter() - self._start
+        self._core.phase_s[self._name] += perf_counter() - self._start
+        if self._shown is not None:
+            self._core.show_bytes(self._before)
+            self._shown.__exit__(None, None, None)
 
 
 @dataclass(eq=False)
@@ -65,7 +80,18 @@ class Core:
 
     def phase(self, name: str) -> Phase:
         """Add the time spent to the named phase."""
-        return Phase(self.phase_s, name)
+        return Phase(self, name)
+
+    def bytes_sent(self) -> tuple[int, int]:
+        """Bytes to this rank itself and to others, so far."""
+        return self.counters["bytes_local"], self.counters["bytes_remote"]
+
+    def show_bytes(self, before: tuple[int, int]) -> None:
+        """Tell the profiler, if there is one, what was sent since then."""
+        local, remote = (now - then for now, then in zip(self.bytes_sent(), before, strict=True))
+        if (local or remote) and _is_profiling():
+            with record_function(f"moecomm::bytes local={local} remote={remote}"):
+                pass
 
     def stats(self) -> dict[str, float]:
         """All counters, those of the transport included."""

@@ -357,8 +357,10 @@ class FusedOperations:
         local, total = int(pairs_W[core.rank]), int(pairs_W.sum())
         core.counters["rows_local"] += local
         core.counters["rows_remote"] += total - local
+        before = core.bytes_sent()
         core.counters["bytes_local"] += local * row_bytes
         core.counters["bytes_remote"] += (total - local) * row_bytes
+        core.show_bytes(before)
 
 
 def _sums_sent(core: Core, handle: DispatchHandle) -> Callable[[], np.ndarray]:

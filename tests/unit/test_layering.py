@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "1",
         (
             "presets",
+            "metrics",
             "group",
             "launch",
             "topology",
@@ -43,7 +44,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             *("autograd", "buffer"),
         ),
     ),
-    ("5", ("nn", "diagnostics", "testing", "deep_ep", "integrations")),
+    ("5", ("nn", "diagnostics", "viz", "testing", "deep_ep", "integrations")),
     ("6", ("cli", "__main__")),
 )
 PLACE = {name: (depth, i) for depth, (_, names) in enumerate(LAYERS) for i, name in enumerate(names)}
