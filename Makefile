@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= bench,dev,hf,test
+EXTRAS ?= bench,dev,docs,hf,test
 ARGS ?=
 
 DEMO_RANKS ?= 4
