@@ -114,6 +114,7 @@ def settle_kernel() -> Kernel:
                 source.next = [b.add(before, count)]
             total = source.carried[0]
             padded = b.mul(b.sdiv(b.add(total, b.sub(align, i64(1))), align), align)
+            padded = b.select(b.icmp_signed("<", align, i64(0)), b.neg(align), padded)
             end = b.add(group, padded)
             with b.if_then(mine):
                 local = b.sub(e.i, low)

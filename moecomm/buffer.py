@@ -189,7 +189,8 @@ class Buffer:
                 k). "rank": one row per token and rank, sorted by (source rank, token), with local expert ids beside it.
                 "padded": one row per choice at a fixed place of static (L, W * M, H), for decoding: no counts are
                 exchanged first, nothing has a gradient, and the rows lie in memory of the buffer (see `Dispatched`).
-            align: rows that each expert group is padded to a multiple of, with zeros; at most 256.
+            align: rows that each expert group is padded to a multiple of, with zeros; at most 256. Negative, on a CPU:
+                each group takes -align rows, of which those behind its own are uninitialised.
             handle: replay the routing of an earlier dispatch (with its layout and align): no planning, no counts.
             quant: quantise x inside the send: a `QuantSpec`, or "fp8", "int8", "logfmt10"; `out.x` is then the pair
                 (codes, scales). A pair that was passed travels unchanged. No gradient.

@@ -14,6 +14,7 @@ from torch import Tensor
 from moecomm import _env
 from moecomm.errors import CapacityError, ConfigError, MoECommError, RoutingError, StaleHandleError, UnsupportedError
 from moecomm.handle import DispatchHandle
+from moecomm.memory.device import moves_by_kernels
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import first_bad_entry
 from moecomm.topology import Topology
@@ -281,13 +282,16 @@ class Checker:
                 expected='layout "expert"',
                 remedy='use that, or a buffer with reduce="rank"',
             )
-        if not isinstance(align, int) or isinstance(align, bool) or align < 1:
-            what, expected = "align is no count", f"an integer from 1 to {MAX_ALIGN}"
+        if not isinstance(align, int) or isinstance(align, bool) or align == 0:
+            what, expected = "align is no count", f"an integer from 1 to {MAX_ALIGN}, or a negative one"
             raise self.error(ConfigError, what, got=repr(align), expected=expected, remedy="correct align")
+        if align < 0 and moves_by_kernels(self.config.device):
+            what, remedy = "groups of a fixed size are not there where kernels move rows", 'use layout="padded"'
+            raise self.error(UnsupportedError, what, got=f"align={align}", expected="at least 1", remedy=remedy)
         if align > MAX_ALIGN:
             what, remedy = "align is too large", "use a smaller one"
             raise self.error(UnsupportedError, what, got=align, expected=f"at most {MAX_ALIGN}", remedy=remedy)
-        if align > 1 and layout == "rank":
+        if align != 1 and layout == "rank":
             what, remedy = 'layout "rank" has no groups to align', 'leave align out, or use layout="expert"'
             raise self.error(UnsupportedError, what, got=f"align={align}", expected="align=1", remedy=remedy)
 

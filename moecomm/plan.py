@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moecomm._compiled import compiled
+from moecomm.errors import CapacityError
 from moecomm.placement import ExpertPlacement
 
 
@@ -204,8 +205,10 @@ class Counts:
 
     @cached_property
     def padded(self) -> np.ndarray:
-        """(E,) rows of every expert group, padded to `align`."""
+        """(E,) rows of every expert group: padded to `align`, or -align."""
         totals = self.expert_counts.sum(0, dtype=np.int64)
+        if self.align < 0:
+            return np.full_like(totals, -self.align)
         return totals if self.align == 1 else -(-totals // self.align) * self.align
 
     @cached_property
@@ -244,8 +247,8 @@ class Counts:
         return np.cumsum(self.padded[self.mine]).astype(np.int32)
 
     def padding_rows(self) -> np.ndarray:
-        """Rows of my output that no rank writes."""
-        if self.align == 1:
+        """Rows of my output that no rank writes and that are to be zero."""
+        if self.align == 1 or self.align < 0:
             return np.empty(0, np.int64)
         ends = self.group_starts[self.mine] + self.padded[self.mine]
         runs = [np.arange(end - pad, end) for end, pad in zip(ends, self._padding(), strict=True) if pad]
@@ -303,6 +306,9 @@ def settle(
     ([0, 1, 4], [[4, 0], [1, -1]])
     """
     counts = Counts.of(gathered, tables, rank, align)
+    if align < 0 and (most := int(counts.expert_counts.sum(0).max())) > -align:  # known to all ranks
+        what, remedy = "more rows came for an expert than its group takes", "make groups larger"
+        raise CapacityError(what, got=most, expected=f"at most {-align}", remedy=remedy, rank=rank)
     jit = _jit() if plan.pos_TK.is_cpu else None
     if jit is None:
         slots_S = send_slots(plan, counts) if by_slot else None

@@ -19,8 +19,9 @@ from moecomm.deep_ep.parcels import experts_of
 from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_tensor, unsupported
 from moecomm.deep_ep.wire import Space, Wire
 from moecomm.errors import PeerLostError, StallError
+from moecomm.memory.device import moves_by_kernels
 from moecomm.quant import QuantSpec, dequantize, quantize
-from moecomm.rows import copy_rows
+from moecomm.rows import copy_rows, empty_rows
 
 _SCALES = "float32", "power_of_two", "ue8m0"
 
@@ -42,21 +43,65 @@ class LowLatencyHandle(tuple[Tensor, Tensor, int, int, int]):
 @final
 @dataclass(eq=False, slots=True)
 class Shipment:
-    """A low-latency dispatch. handle and slots, (N,) int64 row of each that came among L * R * M, once it has ended."""
+    """A low-latency dispatch. handle and counts, (L, R) rows from each rank, are there once it has ended.
+
+    is_fixed: the rows of an expert lie in a group of num_slots in the `moecomm.Buffer` too.
+    """
 
     space: Space
     topk_idx: Tensor
+    num_local: int
     num_slots: int
-    finish: Callable[[], None] | None = None
+    is_fixed: bool
+    finish: Callable[[], Received] | None = None
+    received: Received | None = None
     handle: DispatchHandle | None = None
-    slots: Tensor | None = None
+    counts: Tensor | None = None
+    mask: Tensor | None = None
     staging: Tensor | None = None
 
-    def end(self) -> None:
+    def arrived(self, handle: DispatchHandle, counts: Tensor, mask: Tensor | None) -> None:
+        """Note what the dispatch brought."""
+        self.handle, self.counts, self.mask = handle, counts, None if mask is None else mask.clone()
+
+    def end(self) -> Received:
         """Receive, if that has not been done yet."""
         finish, self.finish = self.finish, None
         if finish is not None:
-            finish()
+            self.received = finish()
+        assert self.received is not None
+        return self.received
+
+    def hook(self) -> None:
+        """What a caller gets to receive with."""
+        self.end()
+
+    def slots(self) -> Tensor:
+        """(N,) int64 where the rows that came are among L * R * M, those of an expert by source; -1 if left out."""
+        assert self.counts is not None
+        counts = self.counts
+        shown = counts if self.mask is None else counts.masked_fill(self.mask.bool(), 0)
+        base = shown.cumsum(1) - shown + torch.arange(len(counts))[:, None] * self.num_slots
+        run = torch.repeat_interleave(torch.arange(counts.numel()), counts.flatten())
+        starts = counts.flatten().cumsum(0) - counts.flatten()
+        slots = base.flatten()[run] + torch.arange(len(run)) - starts[run]
+        return torch.where(shown.flatten()[run] > 0, slots, -1)
+
+    def rows_of(self, x: Tensor, use_logfmt: bool) -> Tensor:
+        """The rows to lead home of (L, R * M, H) expert outputs."""
+        flat = _flat(x)
+        if self.is_fixed and flat.is_contiguous() and not use_logfmt:
+            return flat
+        slots = self.slots().to(x.device)
+        rows = torch.empty(len(slots), x.shape[2], dtype=x.dtype, device=x.device)
+        copy_rows(rows, flat, slots)
+        if use_logfmt:
+            rows = dequantize(*quantize(rows, "logfmt10"), rows.dtype, rows.shape[1])
+        if not self.is_fixed:
+            return rows
+        placed = empty_rows(self.num_local * self.num_slots, x.shape[2], x.dtype, x.device)
+        copy_rows(placed, rows, torch.arange(len(slots), device=x.device), slots)
+        return placed
 
 
 class LowLatencyMode:
@@ -127,24 +172,37 @@ class LowLatencyMode:
             rows, scales = quantize(x, QuantSpec(scales=_SCALES[max(2 * use_ue8m0, round_scale)]))
             scales = _packed_exponents(scales) if use_ue8m0 else scales
         beside = token if scales is None else torch.cat([token, scales.view(torch.int32)], 1)
-        space = Space(num_experts=num_experts, top_k=idx.shape[1], reduce="source", num_tokens=num_max)
-        pending = self._wire.dispatch_async(space, rows, beside, idx, None, layout="expert")
         num_slots = num_max * self.group_size
-        recv = Received.room_for(num_local, num_slots, self.group_size, rows, scales)
-        shipment = Shipment(space, topk_idx.clone(), num_slots)
+        # With groups of a fixed size rows are written where the caller wants them; else they are copied there.
+        is_fixed = not (return_recv_hook or self._masks_any() or moves_by_kernels(x.device))
+        most_local = -(-num_experts // self.group_size)
+        num_tokens = max(num_max, -(-num_max * most_local // max(1, idx.shape[1])))  # room for groups of a fixed size
+        space = Space(num_experts=num_experts, top_k=idx.shape[1], reduce="source", num_tokens=num_tokens)
+        align = -num_slots if is_fixed else 1
+        pending = self._wire.dispatch_async(space, rows, beside, idx, None, layout="expert", align=align)
+        mask = None if is_fixed else self._mask
+        shipment = Shipment(space, topk_idx.clone(), num_local, num_slots, is_fixed)
+        room = Received.room_for(num_local, num_slots, self.group_size, rows, scales) if not is_fixed else None
+        scale_dtype = None if scales is None else scales.dtype
 
-        def finish() -> None:
+        def receive() -> Received:
             out = self._waited(pending.wait, dispatch_wait_recv_cost_stats)
-            shipment.handle, shipment.slots = out.handle, recv.fill(out, first, self._mask)
+            counts = out.handle.expert_counts[:, first : first + num_local].t().long()  # (L, R)
+            shipment.arrived(out.handle, counts, mask)
+            got = Received.where_it_is(out, counts, num_slots, scale_dtype) if room is None else room
+            if room is not None:
+                room.fill(out, counts, shipment.slots(), mask)
             if cumulative_local_expert_recv_stats is not None:
-                cumulative_local_expert_recv_stats.add_(recv.count)
+                cumulative_local_expert_recv_stats.add_(got.count)
+            return got
 
-        shipment.finish = finish
+        shipment.finish = receive
+        got = shipment.end() if room is None else room
         if not return_recv_hook:
             shipment.end()
-        recv_x = recv.x if recv.scales is None else (recv.x, recv.scales)
-        handle = LowLatencyHandle((recv.info, recv.ranges, num_max, x.shape[1], num_experts), shipment)
-        return recv_x, recv.count, handle, finished(async_finish), shipment.end if return_recv_hook else None
+        recv_x = got.x if got.scales is None else (got.x, got.scales)
+        handle = LowLatencyHandle((got.info, got.ranges, num_max, x.shape[1], num_experts), shipment)
+        return recv_x, got.count, handle, finished(async_finish), shipment.hook if return_recv_hook else None
 
     @torch.no_grad()
     def low_latency_combine(
@@ -194,11 +252,8 @@ class LowLatencyMode:
             assert shipment.staging is not None
             x = shipment.staging
         shipment.end()
-        assert shipment.handle is not None and shipment.slots is not None
-        rows = torch.empty(len(shipment.slots), x.shape[2], dtype=x.dtype, device=x.device)
-        copy_rows(rows, x.flatten(0, 1) if x.is_contiguous() else _flat(x), shipment.slots)
-        if use_logfmt:
-            rows = dequantize(*quantize(rows, "logfmt10"), rows.dtype, rows.shape[1])
+        rows = shipment.rows_of(x, use_logfmt)
+        assert shipment.handle is not None
         home = replace(shipment.handle, topk_weights=topk_weights.detach().contiguous())
         left_out = (topk_idx < 0) & (home.topk_idx >= 0)
         if bool(left_out.any()):
@@ -247,9 +302,12 @@ class LowLatencyMode:
         assert self._mask is not None
         return self._mask
 
+    def _masks_any(self) -> bool:
+        return self._mask is not None and bool(self._mask.any())
+
     def _unmasked(self, topk_idx: Tensor, num_experts: int) -> Tensor:
         """The routing without the experts of ranks that are left out."""
-        if self._mask is None or not bool(self._mask.any()):
+        if self._mask is None or not self._masks_any():
             return topk_idx
         gone = torch.zeros(num_experts + 1, dtype=torch.bool)
         for rank in self._mask.nonzero().flatten().tolist():
@@ -282,28 +340,33 @@ class Received:
     @classmethod
     def room_for(cls, num_local: int, num_slots: int, num_ranks: int, rows: Tensor, scales: Tensor | None) -> Received:
         """Tensors to fill."""
+        x = empty_rows(num_local * num_slots, rows.shape[1], rows.dtype, rows.device)
         return cls(
-            x=rows.new_empty(num_local, num_slots, rows.shape[1]),
+            x=x.view(num_local, num_slots, rows.shape[1]),
             scales=None if scales is None else scales.new_empty(num_local, scales.shape[1], num_slots).transpose(1, 2),
             count=torch.empty(num_local, dtype=torch.int32, device=rows.device),
             info=torch.empty(num_local, num_slots, dtype=torch.int32, device=rows.device),
             ranges=torch.empty(num_local, num_ranks, dtype=torch.int64, device=rows.device),
         )
 
-    def fill(self, out: Dispatched, first: int, mask: Tensor | None) -> Tensor:
-        """Put what came in its place; the slot of every row that came, -1 of those that are left out."""
-        num_local, num_slots = self.info.shape
+    @classmethod
+    def where_it_is(cls, out: Dispatched, counts: Tensor, num_slots: int, scale_dtype: torch.dtype | None) -> Received:
+        """What lies in groups of a fixed size."""
+        rows, beside = (part.view(len(counts), num_slots, part.shape[1]) for part in out.x)
+        scales = None
+        if scale_dtype is not None:
+            scales = beside[:, :, 1:].transpose(1, 2).contiguous().view(scale_dtype).transpose(1, 2)
+        begin = counts.cumsum(1) - counts
+        return cls(rows, scales, out.tokens_per_expert, beside[:, :, 0].contiguous(), begin << 32 | counts)
+
+    def fill(self, out: Dispatched, counts: Tensor, slots: Tensor, mask: Tensor | None) -> None:
+        """Put what came in its place; slots: of every row that came, -1 of those that are left out."""
+        num_slots = self.info.shape[1]
         rows, beside = out.x
-        counts = out.handle.expert_counts[:, first : first + num_local].t().long()  # (L, R)
         shown = counts if mask is None else counts.masked_fill(mask.bool(), 0)
-        begin = shown.cumsum(1) - shown
         self.count.copy_(shown.sum(1))
-        self.ranges.copy_(begin << 32 | shown)
-        base = begin + torch.arange(num_local)[:, None] * num_slots
-        run = torch.repeat_interleave(torch.arange(counts.numel()), counts.flatten())
-        starts = counts.flatten().cumsum(0) - counts.flatten()
-        slots = base.flatten()[run] + torch.arange(len(run)) - starts[run]
-        slots = torch.where(shown.flatten()[run] > 0, slots, -1).to(rows.device)
+        self.ranges.copy_((shown.cumsum(1) - shown) << 32 | shown)
+        slots = slots.to(rows.device)
         every = torch.arange(len(slots), device=rows.device)
         copy_rows(self.x.view(-1, self.x.shape[2]), rows, every, slots)
         kept = slots >= 0
@@ -311,7 +374,6 @@ class Received:
         if self.scales is not None:
             expert, slot = slots[kept] // num_slots, slots[kept] % num_slots
             self.scales[expert, slot] = beside[kept, 1:].view(self.scales.dtype)
-        return slots
 
 
 def _packed_exponents(scales: Tensor) -> Tensor:

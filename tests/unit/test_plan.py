@@ -7,10 +7,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moecomm
 from moecomm import plan as planning
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import Counts, PlacementTables, SendPlan, pair_table, plan_send, plan_send_ref, send_slots, settle
@@ -145,7 +147,7 @@ def test_machine_code_and_torch_plan_the_same(world: World, by_slot: bool) -> No
         for name in (field.name for field in fields(SendPlan)):
             got, want = (torch.as_tensor(getattr(one, name)) for one in (plan, expected))
             assert got.dtype == want.dtype and torch.equal(got, want), name
-        align = world.counts[rank].align
+        align = world.counts[rank].align if rank % 2 else -120
         settled: tuple[Any, ...] = settle(plan, gathered, world.tables, rank, align, by_slot=by_slot)
         with mock.patch.object(planning, "_jit", lambda: None):
             reference: tuple[Any, ...] = settle(plan, gathered, world.tables, rank, align, by_slot=by_slot)
@@ -155,3 +157,14 @@ def test_machine_code_and_torch_plan_the_same(world: World, by_slot: bool) -> No
         for name in ("entries", "rows_of_rank", "expert_offsets", "tokens_per_expert"):
             got, want = getattr(settled[0], name), getattr(reference[0], name)
             assert got.dtype == want.dtype and np.array_equal(got, want), name
+
+
+def test_groups_of_a_fixed_size() -> None:
+    with moecomm.Buffer(num_experts=3, hidden=2, top_k=2, max_tokens_per_rank=8, dtype=torch.float32) as buffer:
+        x, idx = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[2, 0], [2, -1]])
+        out = buffer.dispatch(x, idx, align=-4)
+        assert out.expert_offsets is not None and out.expert_offsets.tolist() == [4, 8, 12]
+        assert out.x[[0, 8, 9], 0].tolist() == [1.0, 1.0, 3.0] and out.tokens_per_expert.tolist() == [1, 0, 2]
+        assert buffer.combine(out.x, out.handle, weighted=False).tolist() == [[2.0, 4.0], [3.0, 4.0]]
+        with pytest.raises(moecomm.CapacityError, match="more rows came for an expert than its group takes: got 2"):
+            buffer.dispatch(x, idx, align=-1)
