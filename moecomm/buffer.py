@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from moecomm import autograd, integrity
+from moecomm.calls import Calls
 from moecomm.checks import BufferConfig, Checker, agree, configure
 from moecomm.core import Core
-from moecomm.encoding import arranged, encoded, spec_of
 from moecomm.errors import MoECommError
 from moecomm.footprint import MemoryPlan, count_bytes, explain, kernel_shape, memory_plan, with_kernels
 from moecomm.fused import FusedOperations
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, PaddedHandle, Pending
 from moecomm.metrics import Stats
-from moecomm.operations import Homecoming, start_combine, start_dispatch, start_replay
-from moecomm.padded import PaddedOperations
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import PlacementTables
 from moecomm.quant import QuantSpec
@@ -32,9 +28,6 @@ from moecomm.transport import build, select
 from moecomm.transport._symmetric_device import KernelTransport
 from moecomm.transport.base import NUM_AREAS, TransportOptions
 
-T = TypeVar("T")
-
-_operations = itertools.count()  # numbers of those under way
 _DEFAULT_TIMEOUT_S = 60.0  # to tell the others of arguments that have none
 
 
@@ -153,7 +146,7 @@ class Buffer:
         by_kernels = self._core.fused is not None
         self._check = Checker(self.config, self._group.rank, self._id, ids_on_device=by_kernels)
         integrity.attach(self._core, self.config.check)
-        self._padded = PaddedOperations(self._core, self._check)
+        self._calls = Calls(self._core, self._check)
         autograd.CORES[self._id] = self._core
 
     def _agree(self, given: BufferConfig | MoECommError) -> tuple[BufferConfig, list[int]]:
@@ -209,7 +202,7 @@ class Buffer:
         >>> out.x.tolist(), out.expert_offsets.tolist(), out.tokens_per_expert.tolist()
         ([[3.0, 4.0], [0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], [2, 4], [1, 1])
         """
-        return self._dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, out, wait=True).wait()
+        return self._calls.dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, out, wait=True).wait()
 
     def dispatch_async(
         self,
@@ -232,7 +225,7 @@ class Buffer:
         >>> pending.wait().x.tolist()
         [[2.0], [1.0]]
         """
-        return self._dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, out, wait=False)
+        return self._calls.dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, out, wait=False)
 
     def combine(
         self,
@@ -271,7 +264,7 @@ class Buffer:
         >>> buffer.combine(out.x, out.handle, bias=torch.tensor([[10.0]])).tolist()
         [[12.5]]
         """
-        return self._combine(rows, handle, weighted, bias, quant, out, wait=True).wait()
+        return self._calls.combine(rows, handle, weighted, bias, quant, out, wait=True).wait()
 
     def combine_async(
         self,
@@ -290,7 +283,7 @@ class Buffer:
         >>> buffer.combine_async(out.x, out.handle).wait().tolist()
         [[3.0]]
         """
-        return self._combine(rows, handle, weighted, bias, quant, out, wait=False)
+        return self._calls.combine(rows, handle, weighted, bias, quant, out, wait=False)
 
     def combine_input(self, handle: PaddedHandle) -> Tensor:
         """(L, W * M, H) memory of the buffer: rows written there go home without a copy. Layout "padded".
@@ -303,62 +296,7 @@ class Buffer:
         >>> buffer.combine(rows, out.handle).tolist()
         [[6.0]]
         """
-        return self._padded.combine_input(handle)
-
-    def _dispatch(self, x: Any, topk_idx: Any, topk_weights: Any, *options: Any, wait: bool) -> Pending[Dispatched]:
-        layout, align, handle, quant, out = options
-        if layout == "padded" or isinstance(handle, PaddedHandle):
-            self._check.padded_options(layout, align, handle)
-            return self._padded.dispatch(x, topk_idx, topk_weights, handle, quant, out)
-        core = self._core
-        core.check_usable()
-        self._check.only_padded(out)
-        spec = spec_of(quant, self._check)
-        payloads = self._check.dispatch(x, topk_idx, topk_weights, layout, align, handle)
-        payloads = encoded([payload.resolve_conj().resolve_neg() for payload in payloads], spec, self._check)
-        rows, scales = payloads[0], payloads[1] if len(payloads) > 1 else None
-        if topk_weights is not None:
-            topk_weights = _packed(topk_weights)
-        wait = wait or not autograd.can_start(*payloads, topk_idx, topk_weights)
-        if handle is None:
-            topk_idx = _packed(topk_idx)
-            started = -1 if wait else self._start(start_dispatch, payloads, topk_idx, topk_weights, layout, align)
-            return self._pending(
-                started,
-                lambda: arranged(
-                    autograd.dispatched(rows, scales, topk_idx, topk_weights, self._id, layout, align, started), spec
-                ),
-            )
-        started = -1 if wait else self._start(start_replay, payloads, topk_weights, handle)
-        return self._pending(
-            started, lambda: arranged(autograd.replayed(rows, scales, topk_weights, handle, started), spec)
-        )
-
-    def _combine(
-        self, rows: Any, handle: Any, weighted: bool | None, bias: Any, quant: Any, out: Any, *, wait: bool
-    ) -> Pending[Tensor]:
-        if isinstance(handle, PaddedHandle):
-            return self._padded.combine(rows, handle, weighted, bias, quant, out)
-        self._core.check_usable()
-        use_weights = self._check.combine(rows, handle, weighted, bias)
-        rows, bias = _packed(rows), None if bias is None else _packed(bias)
-        wait = wait or not autograd.can_start(rows, bias)
-        home = Homecoming(rows=rows, weighted=use_weights, bias=bias)
-        started = -1 if wait else self._start(start_combine, home, handle)
-        return self._pending(started, lambda: autograd.combined(rows, use_weights, bias, handle, started))
-
-    def _start(self, start: Any, *args: Any) -> int:
-        """Start an operation now; the number under which its autograd operator will find it."""
-        number = next(_operations)
-        with torch.no_grad(), self._core.guarded():
-            self._core.started[number] = start(self._core, *args)
-        return number
-
-    def _pending(self, started: int, finish: Callable[[], T]) -> Pending[T]:
-        """The result of an operation; if nobody waits for it, what it holds is given back when it is dropped."""
-        if started >= 0:
-            weakref.finalize(finish, self._core.started.pop, started, None).atexit = False
-        return Pending(finish)
+        return self._calls.padded.combine_input(handle)
 
     # -- what it is and does -------------------------------------------------------------------------------------
 
@@ -431,12 +369,14 @@ class Buffer:
     def stats(self) -> Stats:
         """Counters since construction: operations, rows and bytes sent, leases and copies, seconds per phase.
 
-        A dict; `.prometheus(rank=0)` gives the same as text.
+        A dict; `.prometheus(rank=0)` gives the same as text. `rows_of_expert`: (L,) int64 rows that arrived for each
+        local expert. `waited_s`: (W,) float64 seconds for which this rank waited for each other, where the
+        transport tells them apart ("symmetric").
 
         >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).stats()["dispatches"]
         0
         """
-        return Stats(self._core.stats())
+        return Stats(self._core.stats() | {"rows_of_expert": self._calls.padded.rows_of_expert()})
 
     def synchronize(self) -> None:
         """Wait on the host for what kernels do, and raise what they found wrong; other transports never put that off.
@@ -471,8 +411,3 @@ class Buffer:
     def __del__(self) -> None:
         if hasattr(self, "_core"):
             self.close()
-
-
-def _packed(tensor: Tensor) -> Tensor:
-    """The tensor as its bytes say it: contiguous, and not to be negated by who reads it."""
-    return tensor.resolve_neg().contiguous()

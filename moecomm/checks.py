@@ -295,21 +295,6 @@ class Checker:
             what, remedy = 'layout "rank" has no groups to align', 'leave align out, or use layout="expert"'
             raise self.error(UnsupportedError, what, got=f"align={align}", expected="align=1", remedy=remedy)
 
-    def padded_options(self, layout: Any, align: Any, handle: Any) -> None:
-        """Check what goes with layout "padded", or with a handle of such a dispatch."""
-        if layout not in ("padded", "expert"):
-            what, remedy = "a handle replays its own layout", "leave layout out"
-            raise self.error(ConfigError, what, got=repr(layout), expected="'padded'", remedy=remedy)
-        if align != 1:
-            what, remedy = 'layout "padded" has no groups to align', "leave align out"
-            raise self.error(UnsupportedError, what, got=f"align={align!r}", expected="align=1", remedy=remedy)
-
-    def only_padded(self, out: Any) -> None:
-        """Check that memory of the caller is given in layout "padded" alone."""
-        if out is not None:
-            what, remedy = 'out is for layout "padded"', "leave it away: results belong to the caller anyway"
-            raise self.error(UnsupportedError, what, got=f"a {type(out).__name__}", expected="None", remedy=remedy)
-
     def payloads(self, x: Any) -> tuple[Tensor, ...]:
         """Check the rows to dispatch: a (T, H) tensor in the buffer's dtype, or a (rows, scales) pair of any dtype."""
         if isinstance(x, (tuple, list)):

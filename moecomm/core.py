@@ -60,6 +60,7 @@ class Core:
     started: dict[int, Callable[[], Any]] = field(default_factory=dict)
     failure: MoECommError | None = None
     closed: bool = False
+    rows_of_expert: np.ndarray | None = None
     integrity: Any = None  # `integrity.Integrity` where rows are checked on arrival
     fused: Any = None  # `fused.FusedOperations` where the transport moves whole operations
 
@@ -93,12 +94,16 @@ class Core:
             with record_function(f"moecomm::bytes local={local} remote={remote}"):
                 pass
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """All counters, those of the transport included."""
         names = ("dispatches", "replays", "combines", "rows_local", "rows_remote", "bytes_local", "bytes_remote")
         phases = ("plan", "counts", "send", "wait", "arrange")
         counted = {name: self.counters[name] for name in names}
         return counted | {f"{name}_s": self.phase_s[name] for name in phases} | self.transport.stats()
+
+    def arrived(self, rows_L: np.ndarray) -> None:
+        """Count the rows that arrived for each expert of this rank."""
+        self.rows_of_expert = rows_L.astype(np.int64) if self.rows_of_expert is None else self.rows_of_expert + rows_L
 
     def check_usable(self) -> None:
         """Refuse to begin anything on a buffer that was closed, or that failed earlier."""

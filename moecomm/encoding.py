@@ -45,6 +45,14 @@ def refuse_gradient(what: str, check: Checker, *tensors: Tensor) -> None:
         raise check.error(UnsupportedError, what, got="one that requires grad", expected="none", remedy=remedy)
 
 
+def only_padded(check: Checker, **given: Any) -> None:
+    """Refuse options that only layout "padded" has."""
+    for name, value in given.items():
+        if value is not None:
+            what, remedy = f'{name} is for layout "padded" here', f"leave {name} away, or dispatch in that layout"
+            raise check.error(UnsupportedError, what, got=f"a {type(value).__name__}", expected="None", remedy=remedy)
+
+
 def arranged(out: Dispatched, spec: QuantSpec | None) -> Dispatched:
     """Put scales in the order in memory that was asked for."""
     if spec is None or not spec.column_major:

@@ -84,6 +84,7 @@ class FusedOperations:
             marked = transport.mark()
         core.counters["dispatches"] += 1
         if counts is not None:
+            core.arrived(counts.tokens_per_expert)
             self._count(core, counts.pair_counts[core.rank], payloads)
             self.check("dispatch")
         none = [send_pos.new_empty(0, dtype=torch.int64) for _ in range(3)]

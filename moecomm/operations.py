@@ -246,6 +246,7 @@ def start_dispatch(
     parcels.append(Parcel(contiguous_lane(counts.pair_counts, core.rank, row_bytes_of(table_QJ)), table_QJ))
     exchange = send(core, tag, parcels, agreed=True)
     core.counters["dispatches"] += 1
+    core.arrived(counts.tokens_per_expert)
     return lambda: Planned(finish_out(core, exchange, route, payloads, topk_weights_TK is not None), route, plan)
 
 
@@ -260,6 +261,7 @@ def start_replay(
     tag += f" replay {routing_tag(handle)}"
     exchange = send(core, tag, out_parcels(core, route, payloads, topk_weights_TK, handle.topk_idx))
     core.counters["replays"] += 1
+    core.arrived(route.counts.tokens_per_expert)
     return lambda: finish_out(core, exchange, route, payloads, topk_weights_TK is not None)
 
 

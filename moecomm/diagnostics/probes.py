@@ -13,6 +13,7 @@ import torch
 
 import moecomm
 from moecomm.diagnostics.facts import links, memory, versions
+from moecomm.diagnostics.waits import slow_rank
 from moecomm.group import Group
 from moecomm.launch import Launch, omp_threads
 from moecomm.memory.host import host_memory_support
@@ -21,6 +22,7 @@ from moecomm.topology import Topology
 _SKEW_S = 0.05  # clocks that differ by more make logs of several nodes hard to read; moecomm itself does not care
 _FILES_PER_RANK = 8
 _ROUNDS = 5
+_STEPS = 32
 _PAYLOAD_BYTES = 8 << 20
 _LOW_SHARE = 0.25  # of what the hardware should give
 
@@ -56,6 +58,7 @@ def examine(launch: Launch) -> Iterator[Finding]:
         _gpu_peers,
         _transport,
         _pairs,
+        _waits,
     )
     for probe in probes:
         name = probe.__name__.strip("_").replace("_", " ")
@@ -205,6 +208,25 @@ def _pairs(launch: Launch, group: Group) -> Finding:
     table = group.all_gather_object(mine, operation="doctor links")
     topology = Topology.detect(group)
     return _judge_pairs(table, topology, roof, launch)
+
+
+def _waits(launch: Launch, group: Group) -> Finding:
+    """Run steps of a layer and look for whom everybody waits."""
+    with _buffer(launch, hidden=1024, tokens=16) as buffer:
+        x = torch.ones(16, 1024, dtype=torch.bfloat16, device=launch.device)
+        idx = torch.arange(16, device=launch.device)[:, None] % group.size
+        for _ in range(_STEPS):
+            out = buffer.dispatch(x, idx)
+            buffer.combine(out.x, out.handle)
+        waited = buffer.stats().get("waited_s")
+    if waited is None:
+        return Finding(probe="waits", level="ok", text=f"transport {buffer.transport} does not tell its peers apart")
+    told = group.all_gather_object(waited, operation="doctor waits")
+    worst, text = slow_rank(told, _STEPS)
+    if worst is not None:
+        remedy = f"look at the core, clock and load of rank {worst}"
+        return Finding(probe="waits", level="warning", text=text, remedy=remedy)
+    return Finding(probe="waits", level="ok", text=text)
 
 
 @dataclass(frozen=True, slots=True)

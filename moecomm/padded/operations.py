@@ -25,6 +25,16 @@ from moecomm.rows import empty_rows
 from moecomm.transport.base import as_bytes
 
 
+def refuse_options(check: Checker, layout: Any, align: Any) -> None:
+    """Refuse what does not go with layout "padded", or with a handle of such a dispatch."""
+    if layout not in ("padded", "expert"):
+        what, remedy = "a handle replays its own layout", "leave layout out"
+        raise check.error(ConfigError, what, got=repr(layout), expected="'padded'", remedy=remedy)
+    if align != 1:
+        what, remedy = 'layout "padded" has no groups to align', "leave align out"
+        raise check.error(UnsupportedError, what, got=f"align={align!r}", expected="align=1", remedy=remedy)
+
+
 def _mover(core: Core, max_tokens: int, top_k: int, hidden: int) -> Mover:
     """Slots where ranks reach each other's memory and loops can be compiled, else lanes, where rows can be checked."""
     if core.integrity is not None or core.transport.padded_slots is None or compiled("moecomm.padded._jit") is None:
@@ -47,7 +57,13 @@ class PaddedOperations:
         self._number = self._num_homes = 0
         rows = placement.num_ranks * config.max_tokens_per_rank
         self._padded = placement.experts_per_rank[core.rank], rows, config.hidden
+        self._on_host = config.device.type == "cpu"
         self._kinds: dict[object, tuple[Kinds, str]] = {}
+
+    def rows_of_expert(self) -> Tensor:
+        """(L,) int64 rows that arrived for each local expert so far, in any layout."""
+        rows, others = self.mover.rows_of_expert, self._core.rows_of_expert
+        return rows if others is None else rows + torch.from_numpy(others).to(rows.device)
 
     # -- dispatch -------------------------------------------------------------------------------------------------
 
@@ -57,15 +73,22 @@ class PaddedOperations:
         """Send now; the result is the receive hook."""
         core = self._core
         core.check_usable()
+        if core.fused is not None:
+            what, remedy = (
+                'layout "padded" is not there where kernels move rows',
+                'use layout "expert", or another transport',
+            )
+            raise self._error(UnsupportedError, what, f"transport {core.transport.name}", "one on the host", remedy)
         spec = spec_of(quant, self._check)
-        payloads = encoded(self._payloads(x), spec, self._check)
-        idx, weights = self._routing(len(payloads[0]), topk_idx, topk_weights, handle)
+        rows, num_tokens = self._payloads(x)
+        payloads = encoded(rows, spec, self._check)
+        idx, weights = self._routing(num_tokens, topk_idx, topk_weights, handle)
         kinds, tag = self._kinds_of(payloads)
         targets = None if out is None else self._targets(out, kinds)
         if bad := self.mover.check(idx):
             raise self._refused(idx, *bad)
         with core.guarded(), core.phase("send"):
-            g = self._turn(kinds, len(payloads[0]), tag)
+            g = self._turn(kinds, num_tokens, tag)
             kept = self.mover.send(g, payloads, idx, weights, tag)
         core.counters["dispatches" if handle is None else "replays"] += 1
         number = g.number
@@ -165,24 +188,23 @@ class PaddedOperations:
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
-    def _payloads(self, x: Any) -> tuple[Tensor, ...]:
-        """The rows, or the pair, that were given."""
-        if type(x) is not Tensor or not self._plain(x, self._padded[2], self._core.dtype):
+    def _payloads(self, x: Any) -> tuple[tuple[Tensor, ...], int]:
+        """The rows, or the pair, that were given, and for how many tokens."""
+        num_tokens = self._plain(x, self._padded[2], self._core.dtype)
+        if not 0 <= num_tokens <= self._config.max_tokens_per_rank:
             payloads = self._check.payloads(x)
             self._no_gradient(*payloads)
-            return tuple(part.resolve_conj().resolve_neg().contiguous() for part in payloads)
-        if x.shape[0] > self._config.max_tokens_per_rank:
-            self._check.payloads(x)
-        return (x,)
+            return tuple(part.resolve_conj().resolve_neg().contiguous() for part in payloads), len(payloads[0])
+        return (x,), num_tokens
 
-    def _plain(self, tensor: Tensor, width: int, dtype: torch.dtype) -> bool:
-        """Whether a tensor may be read as it is: the quick answer, for what is right."""
+    def _plain(self, tensor: Any, width: int, dtype: torch.dtype) -> int:
+        """Rows of a tensor that may be read as it is, or -1: the quick answer, for what is right."""
+        if type(tensor) is not Tensor or tensor.dtype != dtype or tensor.is_cpu != self._on_host:
+            return -1
         shape = tensor.shape
-        if len(shape) != 2 or shape[1] != width or tensor.dtype != dtype or not tensor.is_contiguous():
-            return False
-        if tensor.is_neg() or (torch.is_grad_enabled() and tensor.requires_grad):
-            return False
-        return tensor.is_cpu == (self._config.device.type == "cpu")
+        if len(shape) != 2 or shape[1] != width or not tensor.is_contiguous() or tensor.is_neg():
+            return -1
+        return -1 if torch.is_grad_enabled() and tensor.requires_grad else shape[0]
 
     def _routing(self, num_tokens: int, idx: Any, weights: Any, handle: Any) -> tuple[Tensor, Tensor | None]:
         """The routing and weights to use, contiguous; what names no expert is found later."""
@@ -199,15 +221,13 @@ class PaddedOperations:
                 what, remedy = "x does not fit the handle", "pass one row for each token that was dispatched"
                 raise self._error(ConfigError, what, f"{num_tokens} tokens", f"{handle.num_tokens} tokens", remedy)
             idx, weights = handle.topk_idx, handle.topk_weights if weights is None else weights
-        elif type(idx) is not Tensor or not self._plain(idx, top_k, torch.int64) or idx.shape[0] != num_tokens:
+        elif self._plain(idx, top_k, torch.int64) != num_tokens:
             self._check.tensor("topk_idx", idx, (num_tokens, top_k), (torch.int32, torch.int64), RoutingError)
             idx = idx.contiguous()
-        if weights is not None and (type(weights) is not Tensor or not self._plain(weights, top_k, torch.float32)):
+        if weights is not None and self._plain(weights, top_k, torch.float32) != num_tokens:
             self._check.tensor("topk_weights", weights, (num_tokens, top_k), (torch.float32,))
             self._no_gradient(weights)
             weights = weights.resolve_neg().contiguous()
-        if weights is not None and weights.shape[0] != num_tokens:
-            self._check.tensor("topk_weights", weights, (num_tokens, top_k), (torch.float32,))
         return idx, weights
 
     def _refused(self, idx: Tensor, entry: int, is_full: bool) -> Exception:

@@ -1,0 +1,98 @@
+"""What a call of `Buffer` becomes: arguments checked, then an operation started, or left to an operator of torch."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from moecomm import autograd
+from moecomm.checks import Checker
+from moecomm.core import Core
+from moecomm.encoding import arranged, encoded, only_padded, spec_of
+from moecomm.handle import Dispatched, PaddedHandle, Pending
+from moecomm.operations import Homecoming, start_combine, start_dispatch, start_replay
+from moecomm.padded import PaddedOperations, refuse_options
+
+T = TypeVar("T")
+
+_operations = itertools.count()  # numbers of those under way
+
+
+@final
+class Calls:
+    """The operations of one buffer, as its user calls them."""
+
+    def __init__(self, core: Core, check: Checker) -> None:
+        self._core, self._check = core, check
+        self.padded = PaddedOperations(core, check)
+
+    def dispatch(self, x: Any, topk_idx: Any, topk_weights: Any, *options: Any, wait: bool) -> Pending[Dispatched]:
+        """`Buffer.dispatch`; wait: whether the caller waits at once."""
+        layout, align, handle, quant, out = options
+        if layout == "padded" or isinstance(handle, PaddedHandle):
+            refuse_options(self._check, layout, align)
+            return self.padded.dispatch(x, topk_idx, topk_weights, handle, quant, out)
+        core = self._core
+        core.check_usable()
+        only_padded(self._check, out=out)
+        spec = spec_of(quant, self._check)
+        payloads = self._check.dispatch(x, topk_idx, topk_weights, layout, align, handle)
+        payloads = encoded([payload.resolve_conj().resolve_neg() for payload in payloads], spec, self._check)
+        rows, scales = payloads[0], payloads[1] if len(payloads) > 1 else None
+        if topk_weights is not None:
+            topk_weights = _packed(topk_weights)
+        wait = wait or not autograd.can_start(*payloads, topk_idx, topk_weights)
+        if handle is None:
+            topk_idx = _packed(topk_idx)
+            started = -1 if wait else self._start(start_dispatch, payloads, topk_idx, topk_weights, layout, align)
+            return self._pending(
+                started,
+                lambda: arranged(
+                    autograd.dispatched(
+                        rows, scales, topk_idx, topk_weights, self._check.buffer_id, layout, align, started
+                    ),
+                    spec,
+                ),
+            )
+        started = -1 if wait else self._start(start_replay, payloads, topk_weights, handle)
+        return self._pending(
+            started, lambda: arranged(autograd.replayed(rows, scales, topk_weights, handle, started), spec)
+        )
+
+    def combine(
+        self, rows: Any, handle: Any, weighted: bool | None, bias: Any, quant: Any, out: Any, *, wait: bool
+    ) -> Pending[Tensor]:
+        """`Buffer.combine`; wait: whether the caller waits at once."""
+        if isinstance(handle, PaddedHandle):
+            return self.padded.combine(rows, handle, weighted, bias, quant, out)
+        self._core.check_usable()
+        only_padded(self._check, out=out, quant=quant)
+        use_weights = self._check.combine(rows, handle, weighted, bias)
+        rows, bias = _packed(rows), None if bias is None else _packed(bias)
+        wait = wait or not autograd.can_start(rows, bias)
+        home = Homecoming(rows=rows, weighted=use_weights, bias=bias)
+        started = -1 if wait else self._start(start_combine, home, handle)
+        return self._pending(started, lambda: autograd.combined(rows, use_weights, bias, handle, started))
+
+    def _start(self, start: Any, *args: Any) -> int:
+        """Start an operation now; the number under which its autograd operator will find it."""
+        number = next(_operations)
+        with torch.no_grad(), self._core.guarded():
+            self._core.started[number] = start(self._core, *args)
+        return number
+
+    def _pending(self, started: int, finish: Callable[[], T]) -> Pending[T]:
+        """The result of an operation; if nobody waits for it, what it holds is given back when it is dropped."""
+        if started >= 0:
+            weakref.finalize(finish, self._core.started.pop, started, None).atexit = False
+        return Pending(finish)
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """The tensor as its bytes say it: contiguous, and not to be negated by who reads it."""
+    return tensor.resolve_neg().contiguous()

@@ -1,0 +1,175 @@
+"""Layout "padded" in one process: what the hot path costs, whose memory it is, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import moecomm
+from moecomm.testing import assert_bitwise
+
+T, H, K, E, M = 5, 256, 2, 4, 8
+
+
+def make_buffer(**changes: Any) -> moecomm.Buffer:
+    given: dict[str, Any] = {
+        "num_experts": E,
+        "hidden": H,
+        "top_k": K,
+        "max_tokens_per_rank": M,
+        "dtype": torch.float32,
+    }
+    return moecomm.Buffer(**(given | changes))
+
+
+def inputs(seed: int = 0, tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    idx = torch.rand(tokens, E, generator=generator).topk(K).indices
+    return torch.randn(tokens, H, generator=generator), idx, torch.rand(tokens, K, generator=generator)
+
+
+class Functions(TorchFunctionMode):
+    """Counts every call of torch from Python, getters of attributes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(func, "__qualname__", str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Collects operators that make tensors with memory of their own, or that wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def spans(out: moecomm.Dispatched) -> Tensor:
+    """The rows that arrived, in the order of layout "expert"."""
+    assert out.ranges is not None
+    return torch.cat([out.x[e, a:b] for e, of_rank in enumerate(out.ranges.tolist()) for a, b in of_rank])
+
+
+def step(buffer: moecomm.Buffer, given: tuple[Tensor, Tensor, Tensor], y: Tensor) -> None:
+    out = buffer.dispatch(*given, layout="padded")
+    buffer.combine(buffer.combine_input(out.handle), out.handle, out=y)
+
+
+def test_torch_calls_on_the_hot_path() -> None:
+    """At most 25 calls from Python per operation; no operator at all, so no allocation and nothing to wait for."""
+    with make_buffer() as buffer, torch.no_grad():
+        given, y = inputs(), torch.empty(T, H)
+        for _ in range(3):
+            step(buffer, given, y)
+        with Functions() as out_calls:
+            out = buffer.dispatch(*given, layout="padded")
+        rows = buffer.combine_input(out.handle)
+        with Functions() as home_calls:
+            buffer.combine(rows, out.handle, out=y)
+        assert 0 < len(out_calls.names) <= 25, out_calls.names
+        assert 0 < len(home_calls.names) <= 25, home_calls.names
+        with Operators() as seen:
+            for _ in range(4):
+                step(buffer, given, y)
+        assert not seen.names, seen.names
+        with Operators() as seen:  # the counter counts
+            buffer.combine(rows.clone(), buffer.dispatch(*given, layout="padded").handle)
+        assert any("clone" in name for name in seen.names)
+
+
+def test_memory_after_warm_up() -> None:
+    """The same tensors again and again, two generations of them, whatever the routing."""
+    with make_buffer() as buffer, torch.no_grad():
+        places = set()
+        for seed in range(6):
+            given = inputs(seed)
+            out = buffer.dispatch(*given, layout="padded")
+            assert out.ranges is not None
+            tensors = out.x, out.tokens_per_expert, out.ranges, out.handle.topk_idx, out.handle.places
+            places.add(tuple(tensor.data_ptr() for tensor in tensors))
+            buffer.combine(out.x, out.handle)
+        assert len(places) == 2
+
+
+def test_generations() -> None:
+    """A handle lives for one dispatch more; then rows, routing and replay are refused, and nothing is sent."""
+    with make_buffer() as buffer:
+        first = buffer.dispatch(*inputs(0), layout="padded")
+        kept = first.x.clone()
+        second = buffer.dispatch(*inputs(1), layout="padded")
+        assert_bitwise(first.x[0, : first.tokens_per_expert[0]], kept[0, : first.tokens_per_expert[0]], "rows")
+        y = buffer.combine(kept, first.handle)
+        assert y.isfinite().all()
+        third = buffer.dispatch(*inputs(2), layout="padded")
+        counted = buffer.stats()
+        for call in (
+            lambda: buffer.combine(kept, first.handle),
+            lambda: buffer.dispatch(inputs(0)[0], handle=first.handle),
+            lambda: buffer.combine_input(first.handle),
+        ):
+            with pytest.raises(moecomm.StaleHandleError, match=r"padded dispatch 0 was overwritten: .* got 2 disp"):
+                call()
+        assert buffer.stats()["bytes_local"] == counted["bytes_local"]
+        for out in (second, third):
+            buffer.combine(out.x, out.handle)
+
+
+def test_a_dispatch_that_nobody_waited_for() -> None:
+    with make_buffer() as buffer:
+        pending = [buffer.dispatch_async(*inputs(seed), layout="padded") for seed in range(3)]
+        with pytest.raises(moecomm.StaleHandleError, match=r"padded dispatch 0 was never waited for"):
+            pending[0].wait()
+        for seed, one in enumerate(pending[1:], 1):
+            out = one.wait()
+            wanted = buffer.dispatch(*inputs(seed)[:2]).x
+            assert_bitwise(spans(out), wanted, f"dispatch {seed}")
+
+
+def test_too_many() -> None:
+    """More tokens than M, or more entries for one expert: refused before anything is sent."""
+    with make_buffer() as buffer:
+        x, idx, weights = inputs(tokens=M + 1)
+        with pytest.raises(moecomm.CapacityError, match=r"too many tokens: got 9; expected at most"):
+            buffer.dispatch(x, idx, weights, layout="padded")
+        with pytest.raises(moecomm.CapacityError, match=r"topk_idx\[4, 0\] finds no slot: got more than 8 entries for"):
+            buffer.dispatch(x[:M], torch.zeros(M, K, dtype=torch.int64), layout="padded")
+        assert buffer.stats()["bytes_local"] == 0
+        step(buffer, inputs(), torch.empty(T, H))
+
+
+def test_nothing_to_send() -> None:
+    with make_buffer() as buffer:
+        for tokens in (0, 3, 0, 0):
+            out = buffer.dispatch(*inputs(tokens=tokens), layout="padded", quant="fp8" if tokens else None)
+            assert int(out.tokens_per_expert.sum()) == tokens * K
+            y = buffer.combine(torch.zeros(E, M, H), out.handle, bias=torch.ones(tokens, H))
+            assert_bitwise(y, torch.ones(tokens, H), "bias")
+
+
+def test_bytes_of_quantised_rows() -> None:
+    """FP8 moves at most 0.53 of what bfloat16 moves, and a combine in it as well."""
+    moved = {}
+    for quant in (None, "fp8", "logfmt10"):
+        with make_buffer(hidden=7168, dtype=torch.bfloat16) as buffer:
+            _, idx, weights = inputs()
+            x = torch.randn(T, 7168).bfloat16()
+            out = buffer.dispatch(x, idx, weights, layout="padded", quant=quant)
+            sent = buffer.stats()["bytes_local"]
+            buffer.combine(torch.ones(E, M, 7168, dtype=torch.bfloat16), out.handle, quant=quant)
+            moved[quant] = sent, buffer.stats()["bytes_local"] - sent
+    for operation in range(2):
+        assert moved["fp8"][operation] <= 0.53 * moved[None][operation], moved
+        assert moved["logfmt10"][operation] <= 0.65 * moved[None][operation], moved
