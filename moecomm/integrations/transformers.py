@@ -13,6 +13,7 @@ import functools
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from moecomm.integrations.experts import GatheredExperts, find_experts, keep_loc
 from moecomm.nn.exchange import ExpertExchange, check_options
 from moecomm.nn.sharded import Sharding, run_experts, shard_experts
 
-__all__ = ["expert_parallel", "register"]
+__all__ = ["clip_grad_norm_", "expert_parallel", "register"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -107,6 +108,42 @@ def _tell_others(model: Any, exchange: ExpertExchange, found: list[str], replica
     everybody = dist.is_available() and dist.is_initialized() and dist.get_world_size() == exchange.group.size
     if everybody and exchange.group.size > 1 and not replicated:
         model._is_fsdp_managed_module = True  # what generate() looks at to set its default of synced_gpus
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the gradients of a model that `expert_parallel` has spread by the norm of all of them. Collective.
+
+    `torch.nn.utils.clip_grad_norm_` would see this rank's experts only, and scale each rank's copy of the other weights
+    by another factor.
+
+    Args:
+        model: whose gradients are there, those of all but the experts averaged over the ranks.
+        max_norm: what their 2-norm, over all experts and once over everything else, is to be at most.
+
+    Returns:
+        () the norm before, the same on all ranks.
+
+    Raises:
+        UnsupportedError: `expert_parallel` has not spread the model.
+
+    >>> clip_grad_norm_(nn.Linear(2, 2), 1.0)
+    Traceback (most recent call last):
+    ...
+    moecomm.errors.UnsupportedError: Linear has no experts that expert_parallel has spread: use ...
+    """
+    spread = [module for module in model.modules() if isinstance(module, GatheredExperts)]
+    if not spread:
+        what, remedy = "has no experts that expert_parallel has spread", "use torch.nn.utils.clip_grad_norm_"
+        raise UnsupportedError(f"{type(model).__name__} {what}", remedy=remedy)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    of_experts = {id(p) for experts in spread for p in experts.parameters(recurse=False)}
+    here = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) in of_experts and p.grad is not None])
+    rest = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) not in of_experts and p.grad is not None])
+    exchange = spread[0].sharding.exchange
+    told = exchange.group.all_gather_object(float(here), timeout_s=exchange.timeout_s, operation="clip_grad_norm_")
+    norm = torch.linalg.vector_norm(torch.tensor([float(rest), *told], device=rest.device))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 # -- from_pretrained(distributed_config=...) -------------------------------------------------------------------------

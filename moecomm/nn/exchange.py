@@ -90,7 +90,6 @@ class ExpertExchange:
             buffer.close()
         self._buffers.clear()
 
-    @torch.compiler.disable
     def __call__(
         self,
         x: Tensor,
@@ -118,7 +117,7 @@ class ExpertExchange:
             topk_weights = None if topk_weights is None else _TakeShare.apply(topk_weights, share)
         buffer = self._buffer(x, topk_idx.shape[1], placement)
         out = buffer.dispatch(x, topk_idx, None if topk_weights is None else topk_weights.float())
-        rows = experts(out.x, out.tokens_per_expert)
+        rows = experts(out.x, out.tokens_per_expert).to(x.dtype)  # autocast may have chosen another
         y = buffer.combine(rows, out.handle, weighted=topk_weights is not None)
         return y if share is None else _JoinShares.apply(y, share)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import moecomm
-from moecomm.integrations.transformers import expert_parallel, register
+from moecomm.integrations.transformers import clip_grad_norm_, expert_parallel, register
 from moecomm.testing import RankPool, assert_error_bounded
 from tests.integrations._models import (
     averaged,
@@ -150,7 +150,7 @@ def test_meta_and_save_pretrained(ranks: RankPool, tmp_path: Path) -> None:
 
 
 def trained(rank: int) -> dict[str, Any]:
-    """DDP around it, with activation checkpointing; then a larger batch, then the backward of the first."""
+    """DDP around it, with checkpointing; then a larger batch, then the backward of the first; then clipping."""
     reference, model = build("qwen3_moe"), build("qwen3_moe")
     _, grads = forward_backward(reference, tokens())
     expert_parallel(model)
@@ -164,13 +164,17 @@ def trained(rank: int) -> dict[str, Any]:
     with torch.no_grad():
         model(tokens().repeat(2, 1)[: 4 + 8 * (rank == 2)], use_cache=False)  # 120 tokens on one rank
     loss.backward()
-    got = {name: p.grad for name, p in model.named_parameters()}
-    return {"gradients": worst_gradient(got, grads, rank), "buffers": (before, len(exchange.buffers))}
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    results = {"gradients": worst_gradient(got, grads, rank), "buffers": (before, len(exchange.buffers))}
+    norm, expected = clip_grad_norm_(model, 0.5), torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    return results | {"clipped": worst_gradient(got, grads, rank), "norm": difference(norm, expected)}
 
 
 def test_ddp_checkpointing_and_growing_batches(ranks: RankPool) -> None:
     for result in ranks.run(trained):
-        assert result["gradients"][0] <= BOUND, result
+        assert result["gradients"][0] <= BOUND and result["clipped"][0] <= BOUND and result["norm"] <= BOUND, result
         assert result["buffers"] == (1, 2)
 
 

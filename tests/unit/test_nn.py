@@ -27,7 +27,8 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_moecomm_alone_does_not_load_it() -> None:
-    code = "import moecomm, sys; assert 'moecomm.nn' not in sys.modules; import moecomm.nn"
+    code = "import moecomm, sys; assert 'moecomm.nn' not in sys.modules; import moecomm.nn; "
+    code += "assert not sys.modules.keys() & {'torch._dynamo', 'torch.distributed.tensor', 'transformers'}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
 
