@@ -6,9 +6,10 @@ what is under test. Copies and sums are compared bit for bit, gradients against 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,11 @@ from moecomm.testing._padded_trial import PaddedTrial
 from moecomm.testing._trial import Checks, Sent, Trial
 from moecomm.testing.cases import Case
 
-__all__ = ["ConformanceResult", "run_conformance"]
+__all__ = ["ConformanceResult", "run_conformance", "run_in_turn"]
 
 _SHOWN_FAILURES = 3
+# Layout and way to reduce of each round in turn; what is refused, and layout "padded", have no rounds among them.
+_IN_TURN = (("expert", "rank"), ("rank", "rank"), ("expert", "source"), ("rank", "source"), ("padded", "rank"))
 _NOT_RUN = "not run: an earlier case broke the group"
 
 
@@ -82,37 +85,84 @@ def run_conformance(
     >>> [(result.case, result.transport, result.ok, result.message) for result in results]
     [('one_token', 'local', True, '')]
     """
+    combinations = [
+        [(layout, reduce)]
+        for reduce, layout in itertools.product(reduces, layouts)
+        if layout != "padded" or reduce == reduces[0]  # which always sums at the source
+    ]
+    given = {"check": check, **(options or {})}
+    build = functools.partial(_build, group=group, transport=transport, timeout_s=timeout_s, options=given)
+    return _run_all(cases, combinations, build, transport, rounds)
+
+
+def run_in_turn(
+    group: object, transport: str, cases: Iterable[Case], *, rounds: int = 6, timeout_s: float = 60.0
+) -> list[ConformanceResult]:
+    """Run cases as `run_conformance` does, but let layouts and ways to reduce take turns: a third of the time.
+
+    Two buffers live side by side, and each round is of the next of: layout "expert" with both ways to reduce, layout
+    "rank". The handle before last, which is combined after a newer dispatch, is so of another layout or another buffer.
+    Layout "padded" has all its rounds before.
+
+    Args:
+        group: what `moecomm.Buffer` takes.
+        transport: what `moecomm.Buffer` takes.
+        cases: see `moecomm.testing.CASES`.
+        rounds: calls with changing routings per case.
+        timeout_s: deadline of every wait in seconds.
+
+    Returns:
+        One row per case, in which layout and reduce are "in turn".
+
+    Raises:
+        MoECommError: the first buffer could not be built, for example because the transport does not work here.
+
+    >>> from moecomm.testing import CASES
+    >>> [(result.case, result.layout, result.ok) for result in run_in_turn(None, "local", [CASES["one_token"]])]
+    [('one_token', 'in turn', True)]
+    """
+    build = functools.partial(_build, group=group, transport=transport, timeout_s=timeout_s, options={})
+    return _run_all(cases, [_IN_TURN], build, transport, rounds)
+
+
+def _run_all(
+    cases: Iterable[Case],
+    combinations: Sequence[Sequence[tuple[str, str]]],
+    build: Callable[[Case, str], moecomm.Buffer],
+    transport: str,
+    rounds: int,
+) -> list[ConformanceResult]:
     results: list[ConformanceResult] = []
     broken = False
-    for case, reduce, layout in itertools.product(cases, reduces, layouts):
-        if layout == "padded" and reduce != reduces[0]:
-            continue  # which always sums at the source
+    for case, combination in itertools.product(cases, combinations):
         checks = Checks()
-        world_size = rank = -1
+        buffers: dict[str, moecomm.Buffer] = {}
         if broken:
             checks.failures.append(_NOT_RUN)
         else:
-            buffer = None
             try:
-                buffer = _build(case, group, transport, reduce, timeout_s, {"check": check, **(options or {})})
-                world_size, rank = buffer.group.size, buffer.group.rank
-                _run(case, buffer, layout, reduce, rounds, checks)
+                for _, reduce in combination:
+                    if reduce not in buffers:
+                        buffers[reduce] = build(case, reduce)
+                _run(case, [(layout, buffers[reduce]) for layout, reduce in combination], rounds, checks)
             except Exception as error:
-                if buffer is None and not results and isinstance(error, MoECommError):
+                if not buffers and not results and isinstance(error, MoECommError):
                     raise  # no case has begun: what was asked for does not exist here
                 checks.failures.append(traceback.format_exc())
                 broken = True
             finally:
-                if buffer is not None:
+                for buffer in buffers.values():
                     buffer.close()
+        layout, reduce = combination[0] if len(combination) == 1 else ("in turn", "in turn")
+        group = next((buffer.group for buffer in buffers.values()), None)
         results.append(
             ConformanceResult(
                 case=case.name,
                 transport=transport,
                 layout=layout,
                 reduce=reduce,
-                world_size=world_size,
-                rank=rank,
+                world_size=-1 if group is None else group.size,
+                rank=-1 if group is None else group.rank,
                 ok=not checks.failures,
                 num_checks=checks.count,
                 message="\n".join(checks.failures[:_SHOWN_FAILURES]),
@@ -122,7 +172,7 @@ def run_conformance(
 
 
 def _build(
-    case: Case, group: object, transport: str, reduce: str, timeout_s: float, options: Mapping[str, Any]
+    case: Case, reduce: str, *, group: object, transport: str, timeout_s: float, options: Mapping[str, Any]
 ) -> moecomm.Buffer:
     world_size = Group.resolve(group).size
     return moecomm.Buffer(
@@ -140,25 +190,31 @@ def _build(
     )
 
 
-def _run(case: Case, buffer: moecomm.Buffer, layout: str, reduce: str, rounds: int, checks: Checks) -> None:
-    trial = Trial(case, buffer, layout, reduce, checks)
-    if layout == "rank" and reduce == "source":
-        sheet = trial.sheet(0)
-        x, idx = sheet.xs[trial.rank], sheet.topk_idxs[trial.rank]
-        checks.refused(
-            lambda: buffer.dispatch(x, idx, layout=layout), UnsupportedError, 'layout "rank", reduce "source"'
-        )
-        return
-    if layout == "padded":
-        PaddedTrial(trial, checks).run(rounds)
-        return
-    earlier: Sent | None = None
-    for round in range(rounds):
+def _run(case: Case, combination: Sequence[tuple[str, moecomm.Buffer]], rounds: int, checks: Checks) -> None:
+    trials = []
+    for layout, buffer in combination:
+        trial = Trial(case, buffer, layout, buffer.config.reduce, checks)
+        if layout == "padded":
+            PaddedTrial(trial, checks).run(rounds)
+        elif layout == "rank" and trial.reduce == "source":
+            _refuse(trial, buffer, checks)
+        else:
+            trials.append(trial)
+    earlier: tuple[Trial, Sent] | None = None
+    for round in range(rounds if trials else 0):
+        trial = trials[round % len(trials)]
         now = trial.dispatch(round)
         trial.replay(now)
         if earlier is not None:
-            trial.combine(earlier, variant=round + 1)
+            earlier[0].combine(earlier[1], variant=round + 1)
         trial.combine(now, variant=round)
         trial.backward(now)
-        earlier = now
-    trial.check_kept()
+        earlier = trial, now
+    for trial in trials:
+        trial.check_kept()
+
+
+def _refuse(trial: Trial, buffer: moecomm.Buffer, checks: Checks) -> None:
+    sheet = trial.sheet(0)
+    x, idx = sheet.xs[trial.rank], sheet.topk_idxs[trial.rank]
+    checks.refused(lambda: buffer.dispatch(x, idx, layout="rank"), UnsupportedError, 'layout "rank", reduce "source"')

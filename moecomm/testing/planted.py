@@ -48,7 +48,7 @@ def find_planted(run: Callable[[], Sequence[ConformanceResult]]) -> dict[str, st
     >>> from moecomm.testing import CASES
     >>> from moecomm.testing.conformance import run_conformance
     >>> cases = [CASES["masked"], CASES["float32_payload"]]  # float32, as other dtypes round away the order of a sum
-    >>> found = find_planted(lambda: run_conformance(None, "local", cases, rounds=1, reduces=["rank"]))
+    >>> found = find_planted(lambda: run_conformance(None, "local", cases, rounds=2, reduces=["rank"]))
     >>> [name for name, message in found.items() if not message]
     []
     """

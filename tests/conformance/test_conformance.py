@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from moecomm.errors import UnsupportedError
 from moecomm.testing import CASES, Case, RankPool, random_case
-from moecomm.testing.conformance import ConformanceResult, run_conformance
+from moecomm.testing.conformance import ConformanceResult, run_conformance, run_in_turn
 from moecomm.transport import TRANSPORTS
 
 ROUNDS = 6
@@ -36,6 +36,10 @@ TIMEOUT_S = 30.0
 
 def run_on_rank(rank: int, transport: str, case: Case, rounds: int) -> list[ConformanceResult]:
     return run_conformance(None, transport, [case], rounds=rounds, timeout_s=TIMEOUT_S)
+
+
+def run_in_turn_on_rank(rank: int, transport: str, case: Case) -> list[ConformanceResult]:
+    return run_in_turn(None, transport, [case], rounds=ROUNDS, timeout_s=TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,12 @@ def demand(results_of_ranks: list[list[ConformanceResult]], world_size: int, num
 @pytest.mark.parametrize(("world_size", "transport"), ARRANGEMENTS)
 @pytest.mark.parametrize("name", CASES)
 def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, transport: str, name: str) -> None:
+    demand(pool_of(world_size).run(run_in_turn_on_rank, transport, CASES[name]), world_size, 1)
+
+
+@pytest.mark.parametrize(("world_size", "transport"), [(1, "local"), (2, "symmetric"), (3, "collective")])
+@pytest.mark.parametrize("name", ["masked", "ragged_tokens", "uneven_experts"])
+def test_every_layout_by_itself(pool_of: Callable[[int], RankPool], world_size: int, transport: str, name: str) -> None:
     demand(pool_of(world_size).run(run_on_rank, transport, CASES[name], ROUNDS), world_size)
 
 
@@ -146,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_failed = 0
     for transport in options.transport.split(","):
         try:
-            mine = run_conformance(group, transport, cases, rounds=options.rounds, timeout_s=TIMEOUT_S)
+            mine = run_in_turn(group, transport, cases, rounds=options.rounds, timeout_s=TIMEOUT_S)
         except UnsupportedError as error:
             if rank == 0:
                 print(f"{transport}: not here: {error}")
