@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, K top-k, E experts, R ranks, L experts of this rank,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -145,7 +146,7 @@ class LowLatencyMode:
             topk_idx: (T, K) global expert ids, -1 for none.
             num_max_dispatch_tokens_per_rank: M; num_experts: E; the same on all ranks.
             cumulative_local_expert_recv_stats: (L,) int32, the rows of each local expert are added.
-            dispatch_wait_recv_cost_stats: (R,) int64, microseconds of waiting for each rank are added.
+            dispatch_wait_recv_cost_stats: (R,) int64, the microseconds that this call waited are added for all others.
             use_fp8: send e4m3 with one float32 scale per 128 columns. round_scale: scales are powers of two.
             use_ue8m0: and come as their exponents, four in an int32.
             return_recv_hook: return at once; `hook()` receives. async_finish: return an event; not both.
@@ -317,12 +318,17 @@ class LowLatencyMode:
 
     def _waited(self, wait: Callable[[], Any], stats: Tensor | None) -> Any:
         """Wait; say how long for whom, and leave out from now on who did not come."""
+        begin = time.perf_counter_ns()
         try:
-            return wait()
+            result = wait()
         except (StallError, PeerLostError) as error:
             if self._mask is not None:
                 self._mask[list(error.peers)] = 1
             raise
+        if stats is not None:
+            others = torch.arange(self.group_size, device=stats.device) != self.rank
+            stats.add_(others * ((time.perf_counter_ns() - begin) // 1000))
+        return result
 
 
 @final

@@ -58,6 +58,7 @@ def plain(rank: int, dtype: torch.dtype, hidden: int) -> None:
             hook()
         check_received(rank, given, recv, count, handle)
         assert_bitwise(stats, before + count, "cumulative_local_expert_recv_stats")
+        assert [int(us) > 0 for us in waited] == [peer != rank for peer in range(4)]
         made = expert(rank, recv)
         for e in range(num_local):
             made[e, int(count[e]) :] = torch.nan
