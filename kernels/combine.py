@@ -30,6 +30,7 @@ def _push_reduced_kernel(
     SUM: tl.constexpr,
     EACH: tl.constexpr,
 ):
+    COLUMNS: tl.constexpr = SUM.columns
     ELEMENT: tl.constexpr = rows.dtype.element_ty
     sequence = tl.load(link.state) + 1
     generation = sequence & 1
@@ -44,7 +45,7 @@ def _push_reduced_kernel(
                 home = area_of(link, generation, ROWS, source, WIRE)
                 if EACH:
                     number = tl.load(token + pair)
-                    for k in tl.static_range(0, SUM.columns):
+                    for k in tl.static_range(0, COLUMNS):
                         row = tl.load(table + tl.cast(pair, tl.int64) * SUM.columns + k)
                         data = row_at(base, row, SUM.row_bytes, ELEMENT, SUM.aligned)
                         value = tl.load(data + column, mask=used(inside, row))  # row access
@@ -52,7 +53,7 @@ def _push_reduced_kernel(
                         target = row_at(home, place, WIRE.row_bytes, ELEMENT, SUM.aligned)
                         tl.store(target + column, value, mask=used(inside, row))  # row access
                 else:
-                    total = tl.zeros((SUM.block,), tl.float32)
+                    total = tl.full((SUM.block,), 0, tl.float32)
                     total = sum_rows(total, base, table, weights, pair, column, SUM, ELEMENT)
                     slot = at - source * link.max_tokens
                     target = row_at(home, link.rank * link.max_tokens + slot, WIRE.row_bytes, ELEMENT, SUM.aligned)

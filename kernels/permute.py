@@ -24,15 +24,16 @@ def scales_at(scales, row, ROW: tl.constexpr):
 @triton.jit
 def zero_row(out, out_scales, weights, row, wanted, ROW: tl.constexpr):
     """Zero a row, its scales and its weight, unless `wanted` is negative."""
+    CHUNKS: tl.constexpr = ROW.chunks
     WORD: tl.constexpr = out.dtype.element_ty
-    for chunk in tl.static_range(0, ROW.chunks):
+    for chunk in tl.static_range(0, CHUNKS):
         column = chunk * ROW.block + tl.arange(0, ROW.block)
         target = row_at(out.to(tl.int64), row, ROW.words * ROW.word_bytes, WORD, ROW.aligned)
         zero = tl.zeros_like(column).to(WORD)
         tl.store(target + column, zero, mask=used(column < ROW.words, wanted))  # row access
     if ROW.scale_words > 0:
         group = tl.arange(0, ROW.scale_p2)
-        zero = tl.zeros((ROW.scale_p2,), tl.float32)
+        zero = tl.full((ROW.scale_p2,), 0, tl.float32)
         tl.store(scales_at(out_scales, row, ROW), zero, mask=used(group < ROW.scale_words, wanted))
     if weights is not None:
         tl.store(weights + row, 0.0, mask=wanted >= 0)
@@ -77,6 +78,7 @@ def _permute_kernel(
     LOCAL: tl.constexpr,
     ZERO_REST: tl.constexpr,
 ):
+    CHUNKS: tl.constexpr = ROW.chunks
     WORD: tl.constexpr = out.dtype.element_ty
     OUT_BYTES: tl.constexpr = ROW.words * ROW.word_bytes
     if link is not None:
@@ -91,7 +93,7 @@ def _permute_kernel(
         else:
             source = row_at(rows.to(tl.int64), pair, OUT_BYTES, WORD, ROW.aligned)
             at = 0
-        for chunk in tl.static_range(0, ROW.chunks):
+        for chunk in tl.static_range(0, CHUNKS):
             column = chunk * ROW.block + tl.arange(0, ROW.block)
             value = tl.load(source + column, mask=used(column < ROW.words, at), other=0)  # row access
             for j in tl.static_range(0, COLUMNS):
@@ -205,13 +207,14 @@ def padding_rows(groups: Tensor, align: int, num_rows: int | None = None) -> Ten
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _unpermute_kernel(out, rows, index, num_rows, ROW: tl.constexpr):
+    CHUNKS: tl.constexpr = ROW.chunks
     WORD: tl.constexpr = out.dtype.element_ty
     BYTES: tl.constexpr = ROW.words * ROW.word_bytes
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         at = tl.load(index + row)
         source = row_at(rows.to(tl.int64), at, BYTES, WORD, ROW.aligned)
         target = row_at(out.to(tl.int64), row, BYTES, WORD, ROW.aligned)
-        for chunk in tl.static_range(0, ROW.chunks):
+        for chunk in tl.static_range(0, CHUNKS):
             column = chunk * ROW.block + tl.arange(0, ROW.block)
             value = tl.load(source + column, mask=used(column < ROW.words, at), other=0)  # row access
             tl.store(target + column, value, mask=column < ROW.words)  # row access

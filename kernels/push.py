@@ -23,11 +23,12 @@ _GROUPS_AT_ONCE = 32  # of 128 elements each
 @triton.jit
 def _push_beside_rows(token, generation, pair_row, meta, link, WIRE: tl.constexpr):
     """Copy a token's metadata to every rank that gets its row."""
+    WORLD: tl.constexpr = WIRE.world
     word = tl.arange(0, WIRE.meta_p2)
     inside = word < WIRE.meta_words
     source = row_at(meta.to(tl.int64), token, 4 * WIRE.meta_words, tl.int32, True)
     value = tl.load(source + word, mask=inside)
-    for rank in tl.static_range(0, WIRE.world):
+    for rank in tl.static_range(0, WORLD):
         pair = tl.load(pair_row + token * WIRE.world + rank)
         row = link.rank * link.max_tokens + (pair - rank * link.max_tokens)
         target = row_at(area_of(link, generation, META, rank, WIRE), row, 4 * WIRE.meta_words, tl.int32, True)
@@ -48,16 +49,18 @@ def _push_counts(counts, sequence, link, WIRE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _push_kernel(x, scales, pair_row, meta, counts, link, num_tokens, WIRE: tl.constexpr, ROW: tl.constexpr):
+    CHUNKS: tl.constexpr = ROW.chunks
+    WORLD: tl.constexpr = WIRE.world
     sequence = tl.load(link.state) + 1
     generation = sequence & 1
     WORD: tl.constexpr = x.dtype.element_ty
     if may_send(link):
         for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
             source = row_at(x.to(tl.int64), token, ROW.words * ROW.word_bytes, WORD, ROW.aligned)
-            for chunk in tl.static_range(0, ROW.chunks):
+            for chunk in tl.static_range(0, CHUNKS):
                 column = chunk * ROW.block + tl.arange(0, ROW.block)
                 value = tl.load(source + column, mask=column < ROW.words)  # row access
-                for rank in tl.static_range(0, WIRE.world):
+                for rank in tl.static_range(0, WORLD):
                     pair = tl.load(pair_row + token * WIRE.world + rank)
                     row = link.rank * link.max_tokens + (pair - rank * link.max_tokens)
                     target = row_at(area_of(link, generation, ROWS, rank, WIRE), row, WIRE.row_bytes, WORD, ROW.aligned)
@@ -66,7 +69,7 @@ def _push_kernel(x, scales, pair_row, meta, counts, link, num_tokens, WIRE: tl.c
                 group = tl.arange(0, ROW.scale_p2)
                 inside = group < ROW.scale_words
                 scale = tl.load(scales + tl.cast(token, tl.int64) * ROW.scale_words + group, mask=inside)
-                for rank in tl.static_range(0, WIRE.world):
+                for rank in tl.static_range(0, WORLD):
                     pair = tl.load(pair_row + token * WIRE.world + rank)
                     row = link.rank * link.max_tokens + (pair - rank * link.max_tokens)
                     base = area_of(link, generation, ROWS, rank, WIRE) + ROW.scale_offset
@@ -172,6 +175,7 @@ def _push_quantized_kernel(
     POWER_OF_TWO: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
+    WORLD: tl.constexpr = WIRE.world
     sequence = tl.load(link.state) + 1
     generation = sequence & 1
     WORD: tl.constexpr = x.dtype.element_ty
@@ -184,7 +188,7 @@ def _push_quantized_kernel(
                 inside = column < HIDDEN
                 value = tl.load(source + column, mask=inside, other=0.0)  # row access
                 code, scale = encode_groups(widen(value), POWER_OF_TWO, HARDWARE)
-                for rank in tl.static_range(0, WIRE.world):
+                for rank in tl.static_range(0, WORLD):
                     pair = tl.load(pair_row + token * WIRE.world + rank)
                     row = link.rank * link.max_tokens + (pair - rank * link.max_tokens)
                     base = area_of(link, generation, ROWS, rank, WIRE)

@@ -124,11 +124,12 @@ def _place_entries(
 @triton.jit
 def _copy_pair(out, out_scales, rows, at, pair, row, WIRE: tl.constexpr, ROW: tl.constexpr, LAYOUT: tl.constexpr):
     """Copy a pair's row, and its scales, to the rows of its line of the table; in layout "rank" to row `pair`."""
+    CHUNKS: tl.constexpr = ROW.chunks
     WORD: tl.constexpr = out.dtype.element_ty
     COPIES: tl.constexpr = 1 if LAYOUT == RANK else WIRE.top_k
     k = tl.arange(0, WIRE.top_k_p2)
     data = row_at(rows, at, WIRE.row_bytes, WORD, ROW.aligned)
-    for chunk in tl.static_range(0, ROW.chunks):
+    for chunk in tl.static_range(0, CHUNKS):
         column = chunk * ROW.block + tl.arange(0, ROW.block)
         value = tl.load(data + column, mask=column < ROW.words)  # row access
         for j in tl.static_range(0, COPIES):
@@ -198,7 +199,7 @@ def _receive_kernel(
             tl.store(origin + pair, -1)
             tl.store(origin + num_pairs + pair, -1)
             if LAYOUT == RANK:
-                tl.store(weights + line, tl.zeros((WIRE.top_k_p2,), tl.float32), mask=k < WIRE.top_k)
+                tl.store(weights + line, tl.full((WIRE.top_k_p2,), 0, tl.float32), mask=k < WIRE.top_k)
                 if TO.zero_rest:
                     zero_row(out, out_scales, None, pair, 0, ROW)
     if LAYOUT == EXPERT:

@@ -44,8 +44,9 @@ class Sum(NamedTuple):
 @triton.jit
 def sum_rows(total, base, table, weights, p, column, SUM: tl.constexpr, ELEMENT: tl.constexpr):
     """`total` plus the weighted rows that entry p of the table names, at some columns."""
+    COLUMNS: tl.constexpr = SUM.columns
     first = tl.cast(p, tl.int64) * SUM.columns
-    for j in tl.static_range(0, SUM.columns):
+    for j in tl.static_range(0, COLUMNS):
         row = tl.load(table + first + j)
         source = row_at(base, row, SUM.row_bytes, ELEMENT, SUM.aligned)
         value = widen(tl.load(source + column, mask=used(column < SUM.hidden, row), other=0.0))  # row access
@@ -77,7 +78,7 @@ def _reduce_kernel(
             source = row_at(bias.to(tl.int64), p, SUM.hidden * (BIAS.primitive_bitwidth // 8), BIAS, SUM.aligned)
             total = widen(tl.load(source + column, mask=inside, other=0.0))  # row access
         else:
-            total = tl.zeros((SUM.block,), tl.float32)
+            total = tl.full((SUM.block,), 0, tl.float32)
         total = sum_rows(total, base, table, weights, p, column, SUM, ELEMENT)
         target = row_at(out.to(tl.int64), p, SUM.hidden * (RESULT.primitive_bitwidth // 8), RESULT, SUM.aligned)
         tl.store(target + column, narrow(total, RESULT), mask=inside)  # row access

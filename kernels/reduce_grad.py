@@ -36,6 +36,7 @@ def _reduce_grad_rows_kernel(
     ELEMENT: tl.constexpr,
     LOCAL: tl.constexpr,
 ):
+    COLUMNS: tl.constexpr = SUM.columns
     if link is not None:
         sequence = tl.load(link.state)
         if wait_for_all(link, sequence, WIRE) == 0:
@@ -54,7 +55,7 @@ def _reduce_grad_rows_kernel(
         source = row_at(base, at, SUM.row_bytes, ELEMENT, SUM.aligned)
         grad = widen(tl.load(source + column, mask=used(inside, at), other=0.0))  # row access
         first = tl.cast(p, tl.int64) * SUM.columns
-        for j in tl.static_range(0, SUM.columns):
+        for j in tl.static_range(0, COLUMNS):
             row = tl.load(table + first + j)
             value = grad
             if SUM.weights == BY_ROW:
@@ -69,7 +70,7 @@ def _reduce_grad_rows_kernel(
             end, tokens = tl.load(groups + item // most), tl.load(groups + LOCAL + item // most)
             row = end - (tokens + align - 1) // align * align + tokens + item % most
             target = row_at(grad_rows.to(tl.int64), row, RESULT_BYTES, RESULT, SUM.aligned)
-            zero = tl.zeros((SUM.block,), tl.float32)
+            zero = tl.full((SUM.block,), 0, tl.float32)
             tl.store(target + column, narrow(zero, RESULT), mask=used(inside, end - 1 - row))  # row access
 
 
@@ -175,7 +176,7 @@ def _reduce_grad_weights_kernel(
         known = tl.minimum(row, at)
         grad = row_at(base, at, SUM.row_bytes, ELEMENT, SUM.aligned)
         other = row_at(rows.to(tl.int64), row, ROW_BYTES, ROW, SUM.aligned)
-        total = tl.zeros((DOT_LANES,), tl.float32)
+        total = tl.full((DOT_LANES,), 0, tl.float32)
         for start in range(0, SUM.hidden, DOT_LANES):
             column = start + tl.arange(0, DOT_LANES)
             inside = used(column < SUM.hidden, known)
@@ -189,7 +190,7 @@ def _reduce_grad_weights_kernel(
             tl.store(
                 grad_weights + row + tl.arange(0, 1),
                 narrow(total, tl.float32),
-                mask=row + tl.zeros((1,), tl.int32) >= 0,
+                mask=row + tl.full((1,), 0, tl.int32) >= 0,
             )
         else:
             tl.store(grad_weights + item + tl.arange(0, 1), narrow(total, tl.float32))

@@ -29,7 +29,26 @@ from moecomm.kernels.wire import (  # noqa: F401 - loopback is for the examples
 
 # Plain stores and loads with release and acquire reach a peer over PCIe too, where read-modify-write may not be atomic.
 # The interpreter has real release and acquire only for read-modify-write.
-_PLAIN_ATOMICS = tl.constexpr(hasattr(tl, "atomic_store") and not triton.knobs.runtime.interpret)
+if hasattr(tl, "atomic_store") and not triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def _write_words(words, value, exists):
+        tl.atomic_store(words, value, mask=exists, sem="release", scope="sys")
+
+    @triton.jit
+    def _read_words(words, exists):
+        return tl.atomic_load(words, mask=exists, sem="acquire", scope="sys")
+
+else:
+
+    @triton.jit
+    def _write_words(words, value, exists):
+        tl.atomic_xchg(words, value, mask=exists, sem="release", scope="sys")
+
+    @triton.jit
+    def _read_words(words, exists):
+        zero = tl.zeros(words.shape, tl.int64)
+        return tl.atomic_add(words, zero, mask=exists, sem="acquire", scope="sys")
 
 
 @triton.jit
@@ -50,10 +69,7 @@ def signal_when_all_arrived(link, sequence, WIRE: tl.constexpr):
         exists = peer < WIRE.world
         words = tl.load(link.peers + SIGNALS * WIRE.world + peer, mask=exists, other=0).to(tl.pointer_type(tl.int64))
         value = tl.full((WIRE.world_p2,), 0, tl.int64) + ((sequence << TAG_BITS) | link.tag)
-        if _PLAIN_ATOMICS:
-            tl.atomic_store(words + link.rank, value, mask=exists, sem="release", scope="sys")
-        else:
-            tl.atomic_xchg(words + link.rank, value, mask=exists, sem="release", scope="sys")
+        _write_words(words + link.rank, value, exists)
 
 
 @triton.jit
@@ -66,7 +82,7 @@ def wait_for_all(link, sequence, WIRE: tl.constexpr):
     exists = source < WIRE.world
     words = area_of(link, 0, SIGNALS, link.rank, WIRE).to(tl.pointer_type(tl.int64)) + source
     late = exists
-    seen = tl.zeros((WIRE.world_p2,), tl.int64)
+    seen = tl.full((WIRE.world_p2,), 0, tl.int64)
     differs = exists & (source < 0)
     missing = tl.sum(late.to(tl.int32), 0)
     stalled = tl.load(link.status + STALLED)  # then waiting once more is pointless, in this program or a later kernel
@@ -74,11 +90,7 @@ def wait_for_all(link, sequence, WIRE: tl.constexpr):
     while (missing > 0) & (spins < link.max_spins):
         # Before the words: what a rank signalled before it ended is seen by who saw that it ended.
         gone = tl.load(link.status + LATE + 2 * WIRE.world + source, mask=exists, other=0, volatile=True)
-        if _PLAIN_ATOMICS:
-            seen = tl.atomic_load(words, mask=exists, sem="acquire", scope="sys")
-        else:
-            zero = tl.zeros((WIRE.world_p2,), tl.int64)
-            seen = tl.atomic_add(words, zero, mask=exists, sem="acquire", scope="sys")
+        seen = _read_words(words, exists)
         late = exists & ((seen >> TAG_BITS) < sequence)
         differs = exists & ((seen >> TAG_BITS) == sequence) & ((seen & TAG_MASK) != link.tag)
         missing = tl.sum(late.to(tl.int32), 0)
@@ -88,7 +100,7 @@ def wait_for_all(link, sequence, WIRE: tl.constexpr):
     num_others = tl.sum(differs.to(tl.int32), 0)
     missing += num_others
     if (missing > 0) & (stalled == 0):
-        tl.store(link.status + LATE + source, tl.zeros((WIRE.world_p2,), tl.int64) + sequence, mask=late)
+        tl.store(link.status + LATE + source, tl.full((WIRE.world_p2,), 0, tl.int64) + sequence, mask=late)
         shown = differs | ((source == link.rank) & (source < num_others * WIRE.world))  # this rank's too if any differs
         tl.store(link.status + LATE + WIRE.world + source, seen & TAG_MASK, mask=shown)
         tl.store(link.status + STALLED, sequence)
