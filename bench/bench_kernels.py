@@ -188,7 +188,7 @@ def counted() -> Iterator[list[str]]:
 def launches_per_operation(device: str) -> dict[str, list[str]]:
     """Kernels that a dispatch, a replayed one and a combine launch, counted on a buffer of one rank."""
     found = {}
-    shape = {"num_experts": 2, "hidden": 8, "top_k": 1, "max_tokens_per_rank": 4}
+    shape: dict[str, Any] = {"num_experts": 2, "hidden": 8, "top_k": 1, "max_tokens_per_rank": 4}
     with (
         counted() as names,
         moecomm.Buffer(**shape, dtype=torch.float32, device=device, transport="symmetric") as buffer,
@@ -232,7 +232,7 @@ def measure(given: argparse.Namespace, tokens: int, hidden: int, top_k: int, dev
         roof = percentiles(copy_us(work.num_bytes, given.iterations, device))
         ours = percentiles(times)
         for path, (p20, p50, p80, p99) in (("moecomm", ours), ("memcpy", roof)):
-            measured = {
+            measured: dict[str, Any] = {
                 "p20_us": p20,
                 "p50_us": p50,
                 "p80_us": p80,
