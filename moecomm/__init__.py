@@ -3,6 +3,7 @@
 from moecomm._version import __version__
 from moecomm.buffer import Buffer, MemoryPlan
 from moecomm.errors import (
+    AbortedError,
     CapacityError,
     ConfigError,
     CorruptionError,
@@ -20,6 +21,7 @@ from moecomm.quant import QuantSpec
 from moecomm.topology import Topology
 
 __all__ = [
+    "AbortedError",
     "Buffer",
     "CapacityError",
     "ConfigError",

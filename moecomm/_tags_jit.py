@@ -35,10 +35,11 @@ def sums_kernel(mix: int, every_byte: bool) -> Kernel:
 
 
 @cache
-def seal_kernel(index_bits: int) -> Kernel:
+def seal_kernel(index_bits: int, one_in: int) -> Kernel:
     """Compile the tags of rows that leave. Arguments: W, counts (W,) int64, index, every, sums, head, tags.
 
-    0 index_bits: entry i has sum i, and its token is not known.
+    0 index_bits: entry i has sum i, and its token is not known. one_in: every so many rows of a section get a sum (a
+    power of two), the others 0.
     """
     fn, b, (ranks, counts, index, every, sums, head, tags) = function("seal", 7)
     with loop(b, i64(0), ranks, 1, i64(0)) as section:
@@ -50,16 +51,18 @@ def seal_kernel(index_bits: int) -> Kernel:
             place = b.shl(b.sub(at.i, first), i64(32))
             store(b, head, tag)
             store(b, b.or_(place, source if index_bits else i64(NO_TOKEN)), b.add(tag, i64(8)))
-            store(b, index_at(b, sums, source, 64), b.add(tag, i64(16)))
+            is_summed = b.icmp_signed("==", b.and_(b.sub(at.i, first), i64(one_in - 1)), i64(0))
+            total = b.select(is_summed, index_at(b, sums, source, 64), i64(0))
+            store(b, total, b.add(tag, i64(16)))
         section.next = [last]
     return finish(fn, b)
 
 
 @cache
-def verify_kernel(slot_bits: int, mix: int, every_byte: bool) -> Kernel:
+def verify_kernel(slot_bits: int, mix: int, every_byte: bool, one_in: int) -> Kernel:
     """Compile the comparison of rows that came. Arguments: W, counts, slots, rows, row_bytes, head, tags.
 
-    Gives the first entry whose tag or row is wrong, or -1.
+    One in `one_in` rows is compared with its sum, all with their places. Gives the first entry that is wrong, or -1.
     """
     fn, b, (ranks, counts, slots, rows, row_bytes, head, tags) = function("verify", 7)
     with loop(b, i64(0), ranks, 1, i64(0)) as section:
@@ -73,7 +76,9 @@ def verify_kernel(slot_bits: int, mix: int, every_byte: bool) -> Kernel:
             wrong = b.or_(
                 b.icmp_signed("!=", load(b, tag, I64), expected), b.icmp_signed("!=", place, b.sub(at.i, first))
             )
-            total = _sum(b, row, row_bytes, mix, every_byte)
-            refuse(b, b.or_(wrong, b.icmp_signed("!=", load(b, b.add(tag, i64(16)), I64), total)), at.i)
+            refuse(b, wrong, at.i)
+            with b.if_then(b.icmp_signed("==", b.and_(b.sub(at.i, first), i64(one_in - 1)), i64(0))):
+                total = _sum(b, row, row_bytes, mix, every_byte)
+                refuse(b, b.icmp_signed("!=", load(b, b.add(tag, i64(16)), I64), total), at.i)
         section.next = [last]
     return finish(fn, b)

@@ -51,7 +51,7 @@ class Buffer:
         device: where the rows live; None: the current accelerator, or the CPU.
         topology: which ranks share a node; None: detected.
         beside_bytes: room for the second of a pair, beside rows of the buffer's dtype.
-        check: "off", "cheap" (a tag of every row is compared on arrival) or "full" (and a check sum of all its bytes);
+        check: "off", "cheap" (a tag of every row is compared on arrival) or "full" (and a check sum of all bytes);
             None: MOECOMM_CHECK, or "off". What does not fit raises CorruptionError on all ranks.
         engine: with kernels, who moves rows: "kernels", or "copy": kernels pack them and the GPU's copy engines do the
             rest, so that communication occupies no multiprocessor; the host then waits for the packing.
@@ -393,6 +393,20 @@ class Buffer:
             with self._core.guarded():
                 self._core.fused.synchronize()
 
+    def abort(self, reason: str = "") -> None:
+        """Give up on this rank and free every rank that waits for it; from any thread, idempotent, waits for nobody.
+
+        All ranks get AbortedError with the reason, at once where they wait, else in their next operation.
+
+        >>> buffer = Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1)
+        >>> buffer.abort("the data loader died")
+        >>> buffer.dispatch(torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64))
+        Traceback (most recent call last):
+        ...
+        moecomm.errors.AbortedError: rank 0: ... cannot go on: rank 0 called abort(): the data loader died: ...
+        """
+        self._core.abort(reason)
+
     def close(self) -> None:
         """Free everything; idempotent, waits for nobody. What was handed out stays valid."""
         if not self._core.closed:
@@ -406,6 +420,8 @@ class Buffer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:  # the others hear why this rank leaves
+            self._core.abort(f"{type(error).__name__}: {error}")
         self.close()
 
     def __del__(self) -> None:

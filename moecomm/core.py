@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.autograd.profiler import record_function
 
-from moecomm.errors import MoECommError, PeerLostError, StaleHandleError
+from moecomm.errors import AbortedError, MoECommError, PeerLostError, StaleHandleError
 from moecomm.plan import PlacementTables
 from moecomm.transport.base import Transport
+from moecomm.watchdog import announce
 
 _is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled  # 0.1 us
 
@@ -121,10 +122,19 @@ class Core:
         try:
             yield
         except MoECommError as error:
-            self.failure = None if error.harmless else error
+            if self.failure is None and not error.harmless:
+                self.failure = error
+                announce(self.transport, error)
             raise
         except BaseException as error:
             what = f"rank {self.rank} broke off with {type(error).__name__}: {error}"
             self.failure = PeerLostError(what, rank=self.rank, operation="an operation", peers=[self.rank])
             self.transport.abort(self.failure)
             raise
+
+    def abort(self, reason: str) -> None:
+        """Give up: peers that wait for this rank, and threads of this rank that wait, stop at once."""
+        if not self.closed and self.failure is None:
+            what = f"rank {self.rank} called abort()" + (f": {reason}" if reason else "")
+            self.failure = AbortedError(what, rank=self.rank, operation="abort", peers=[self.rank])
+            self.transport.abort(self.failure)

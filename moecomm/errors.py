@@ -25,6 +25,8 @@ class MoECommError(Exception):
     rank 0: top_k does not fit: got 9; expected at most 8; lower top_k
     """
 
+    told_by: int | None = None  # the rank whose message this error repeats
+
     def __init__(
         self,
         what: str,
@@ -122,6 +124,14 @@ class PeerLostError(MoECommError, ConnectionError):
 
     >>> print(PeerLostError("rank 1 is gone", rank=0, operation="combine", seq=2, peers=[1]))
     rank 0: combine #2: rank 1 is gone
+    """
+
+
+class AbortedError(PeerLostError):
+    """A rank called `Buffer.abort()`, or left the `with` block of its buffer with an exception; `peers` names it.
+
+    >>> issubclass(AbortedError, PeerLostError)
+    True
     """
 
 

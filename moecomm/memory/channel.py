@@ -69,6 +69,7 @@ class Channel:
         self._lost: set[int] = set()
         self._first_tickets: dict[int, int] = {}
         self._num_gathered = 0
+        self._given_up: MoECommError | None = None
         self._all_done = -1  # the last operation whose rows are known to be here
         self._last = 0, ""  # sequence number and tag of the last exchange
         self._poll = select.poll()
@@ -117,6 +118,7 @@ class Channel:
 
     def abort(self, error: MoECommError, tag: str = "") -> None:
         """Tell every peer that can be told why this rank gives up, and (tag) what it was doing."""
+        self._given_up = error
         told = {
             "error": type(error).__name__,
             "what": error.what[:_REASON_CHARS],
@@ -231,7 +233,23 @@ class Channel:
         if error := DesyncError.among(tags, self.group.rank, seq):
             self._fail(error, tag)
 
+    def is_first_report(self) -> bool:
+        """Whether no rank of this host has said this before."""
+        return self._mail is None or self._mail.is_first_report()
+
+    def last_seen(self) -> dict[int, str]:
+        """What is known of the peers, for whoever must find out what went wrong."""
+        seen = {}
+        for peer, (seq, tag) in ({} if self._mail is None else self._mail.last_seen()).items():
+            said = self._said[peer]
+            end = ", gave up" if Signal.ABORT in said else ", closed its buffer" if Signal.BYE in said else ""
+            end = end or (", is gone" if peer in self._lost else "")
+            seen[peer] = f"{tag.split(' ')[0]} #{seq}{end}" if tag else f"not seen in any operation{end}"
+        return seen
+
     def _raise_aborts(self, seq: int, tag: str) -> None:
+        if self._given_up is not None:  # by another thread of this rank
+            raise self._given_up
         for peer in self.peers:
             message = self._said[peer].get(Signal.ABORT)
             if message is None:
@@ -239,12 +257,14 @@ class Channel:
             told = json.loads(message.payload)
             kind = getattr(errors, told["error"], MoECommError)
             who = "this rank" if self.group.rank in told["peers"] else rank_names(told["peers"])
-            raise kind(
+            error = kind(
                 f"rank {peer} gave up in {told['operation']} because of {who}: {told['what']}",
                 remedy=told["remedy"],
                 **self._where(seq, tag),
                 peers=told["peers"],
             )
+            error.told_by = peer
+            raise error
 
     def _raise_lost(self, lost: Sequence[int], seq: int, tag: str) -> NoReturn:
         left = [peer for peer in lost if Signal.BYE in self._said[peer]]

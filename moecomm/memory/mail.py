@@ -201,6 +201,25 @@ class Mail:
                         told[peer] = tag
         return told
 
+    def is_first_report(self) -> bool:
+        """Whether no rank has said this before; it stays said when that rank has ended."""
+        word = self._boxes[min(self._boxes)].numpy()[8:16].view(np.int64)  # behind the flag
+        before, word[0] = int(word[0]), 1
+        return not before
+
+    def last_seen(self) -> dict[int, tuple[int, str]]:
+        """The last operation in which each peer was seen, and what it did there; (-1, "") if in none."""
+        seen = {}
+        for peer in self.peers:
+            seq, kind, place = max(
+                (int(head[1]) if head[0] else -1, kind, place)
+                for kind in Kind
+                for place, head in enumerate(self._heads[kind, :, peer].tolist())
+            )
+            size = int(self._heads[kind, place, peer, 4])
+            seen[peer] = seq, "" if seq < 0 else self._tags[kind, place, peer, :size].tobytes().decode(errors="replace")
+        return seen
+
     def tickets(self, number: int) -> dict[int, int]:
         """What tickets came with the letters DONE of that number."""
         tickets = self._heads[Kind.DONE, number % PLACES, :, 3].tolist()

@@ -220,8 +220,9 @@ class SimulatedTransport(Transport):
         where: dict[str, Any] = {"rank": self.group.rank, "operation": tag.split(" ")[0], "seq": seq}
         for peer, told in [*self.box.aborts.items(), *([(self.group.rank, self._gave_up)] if self._gave_up else [])]:
             who = f"rank {peer} gave up in {told['operation']} because of {rank_names(told['peers'])}"
-            raise getattr(errors, told["error"])(f"{who}: {told['what']}", **where, peers=told["peers"])
-        error: MoECommError
+            error = getattr(errors, told["error"])(f"{who}: {told['what']}", **where, peers=told["peers"])
+            error.told_by = peer
+            raise error
         if lost := self._lost(missing):
             how = "closed its buffer" if self.box.left.issuperset(lost) else "is gone"
             error = PeerLostError(f"{rank_names(lost)} {how}", remedy="build a new Buffer", **where, peers=lost)

@@ -179,6 +179,7 @@ class Transport(ABC):
 
     name: str
     group: Group
+    buffer_id: int | None = None  # the same on all ranks
     node_of_rank: np.ndarray | None = None  # (W,) of a transport that merges rows per node
     padded_slots: PaddedSlots | None = None  # where ranks reach each other's memory
 
@@ -205,6 +206,14 @@ class Transport(ABC):
 
     def abort(self, error: MoECommError) -> None:  # noqa: B027
         """Tell the peers, where that is possible, that this rank gave up in the middle of an operation."""
+
+    def is_first_report(self) -> bool:
+        """Whether no rank that shares memory with this one has said this before."""
+        return True
+
+    def last_seen(self) -> dict[int, str]:
+        """What is known of other ranks: the operation in which each was last seen, and whether it left or gave up."""
+        return {}
 
     def stats(self) -> dict[str, Any]:
         """Counters of this transport; `waited_s`, if it knows, is (W,) float64 seconds waited for each rank."""

@@ -37,6 +37,8 @@ class CollectiveTransport(Transport):
         store = dist.PrefixStore(f"moecomm/collective/{options.buffer_id}", self.process_group.get_group_store())
         self._bulletin = Bulletin(store, group.rank, group.size)
         self._seq = 0  # of the next operation
+        self.buffer_id = options.buffer_id
+        self._seen: dict[int, str] = {}
 
     @classmethod
     def supports(cls, group: Group, topology: Topology, device: torch.device) -> Support:
@@ -59,6 +61,7 @@ class CollectiveTransport(Transport):
         tags = [row[:TAG_BYTES].tobytes().decode(errors="replace").rstrip() for row in heads]
         if error := DesyncError.among(tags, self.group.rank, self._seq):
             raise error
+        self._seen = {rank: f"{tag.split(' ')[0]} #{self._seq}" for rank in range(self.group.size)}
         if len(counts) > _HEAD_COUNTS:
             return self._all_gather(counts.view(np.uint8), tag).view(np.int32)
         return heads[:, TAG_BYTES:].copy().view(np.int32)[:, : len(counts)]
@@ -83,6 +86,9 @@ class CollectiveTransport(Transport):
     def abort(self, error: MoECommError) -> None:
         self._bulletin.publish(Verdict.of(error, self.group.rank))
 
+    def last_seen(self) -> dict[int, str]:
+        return self._seen
+
     def finish(self, work: dist.Work, tag: str, seq: int) -> None:
         """Wait for a collective of operation `seq` until the deadline, or until another rank gave up or left."""
         start = time.monotonic()
@@ -101,10 +107,15 @@ class CollectiveTransport(Transport):
         """Raise what the first rank that gave up found out; if that is this one, find out who is missing."""
         where: dict[str, Any] = {"rank": self.group.rank, "operation": operation, "seq": seq}
         if verdict := self._bulletin.verdict():
-            raise verdict.error(**where) from cause
+            raise self._heard(verdict, where) from cause
         error = self._diagnose(cause, timed_out, waited_s, where)
         verdict = self._bulletin.publish(Verdict.of(error, self.group.rank))
-        raise (error if verdict.rank == self.group.rank else verdict.error(**where)) from cause
+        raise (error if verdict.rank == self.group.rank else self._heard(verdict, where)) from cause
+
+    def _heard(self, verdict: Verdict, where: dict[str, Any]) -> MoECommError:
+        error = verdict.error(**where)
+        error.told_by = verdict.rank
+        return error
 
     def _diagnose(
         self, cause: RuntimeError, timed_out: bool, waited_s: float, where: dict[str, Any]

@@ -102,6 +102,12 @@ class HierarchicalTransport(Transport):
         for transport in (self.inside, self.between, self._control):
             transport.abort(error)
 
+    def is_first_report(self) -> bool:
+        return self.inside.is_first_report()
+
+    def last_seen(self) -> dict[int, str]:
+        return self._control.last_seen() | self.inside.last_seen()
+
     def close(self) -> None:
         if self._closed:
             return

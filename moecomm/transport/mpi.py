@@ -50,6 +50,7 @@ class MpiTransport(Transport):
         self._scratch: list[Tensor] = []
         self._error: Exception | None = None
         self._broken = self._closed = False
+        self._given_up: MoECommError | None = None
         self._give_up_s = float("inf")  # when rows that nobody waits for are given up
         aware = device_awareness(group.mpi_comm, options.device)[0]
         told = group.all_gather_object(aware, timeout_s=options.timeout_s, operation="Buffer()")
@@ -115,8 +116,17 @@ class MpiTransport(Transport):
             PROGRESS.last_s = max(PROGRESS.last_s, self.timeout_s)
             self._advance()
 
+    def last_seen(self) -> dict[int, str]:
+        waiting = self.box.headers
+        seen = dict.fromkeys(self.post.peers, f"all operations before #{self._seq - 1}")
+        seen |= {
+            peer: f"{waiting[seq][peer][0].split(' ')[0]} #{seq}" for seq in sorted(waiting) for peer in waiting[seq]
+        }
+        return {peer: told + (", is gone" if peer in self.post.lost else "") for peer, told in seen.items()}
+
     def abort(self, error: MoECommError) -> None:
         self._broken = True
+        self._given_up = error
         if not self._closed:
             self.post.tell(self.box, error)
 
@@ -260,6 +270,8 @@ class MpiTransport(Transport):
     def _raise_what_is_known(self, seq: int, tag: str, lost: list[int]) -> None:
         where = self._where(seq, tag)
         self._check_open(tag)
+        if self._given_up is not None:  # by another thread of this rank
+            raise self._given_up
         if error := self._error or self.post.error:
             self._fail(mpi_error(error, **where), error)
         for peer, told in self.box.aborts.items():
@@ -267,7 +279,9 @@ class MpiTransport(Transport):
             who = "this rank" if self.group.rank in told["peers"] else rank_names(told["peers"])
             because = f" because of {who}" if told["peers"] else ""
             what = f"rank {peer} gave up in {told['operation']}{because}: {told['what']}"
-            raise getattr(errors, told["error"], MoECommError)(what, **where, peers=told["peers"])
+            heard: MoECommError = getattr(errors, told["error"], MoECommError)(what, **where, peers=told["peers"])
+            heard.told_by = peer
+            raise heard
         if gone := [peer for peer, first in self.box.byes.items() if first <= seq]:
             self._fail(PeerLostError(f"{rank_names(gone)} closed its buffer", **where, peers=gone))
         if lost:

@@ -40,7 +40,7 @@ class SymmetricTransport(Transport):
     name = "symmetric"
 
     def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
-        self.group = group
+        self.group, self.buffer_id = group, options.buffer_id
         box = mail_bytes(group.size, options.count_bytes)
         segments = options.segment_bytes * options.num_segments
         nbytes = segments + box + NUM_AREAS * options.slot_bytes
@@ -99,6 +99,12 @@ class SymmetricTransport(Transport):
 
     def abort(self, error: MoECommError) -> None:
         self.channel.abort(error)
+
+    def is_first_report(self) -> bool:
+        return self.channel.is_first_report()
+
+    def last_seen(self) -> dict[int, str]:
+        return self.channel.last_seen()
 
     def stats(self) -> dict[str, Any]:
         counted = {"leases": self.pool.num_leases, "copies": self.num_copies, "free_segments": self.pool.num_free}

@@ -91,7 +91,7 @@ def swap_rows_with_tags(_: SimulatedRows, out: list[torch.Tensor]) -> None:
 
 
 def lose_the_tail(_: SimulatedRows, out: list[torch.Tensor]) -> None:
-    out[0][2, -1] ^= 255
+    out[0][0, -1] ^= 255
 
 
 def lose_a_row(_: SimulatedRows, out: list[torch.Tensor]) -> None:

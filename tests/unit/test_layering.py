@@ -40,8 +40,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "4",
         (
-            *("_operator", "checks", "footprint", "core", "operations", "integrity", "fused", "encoding", "padded"),
-            *("autograd", "calls", "buffer"),
+            *("_operator", "checks", "footprint", "watchdog", "core", "operations", "integrity", "fused", "encoding"),
+            *("padded", "autograd", "calls", "buffer"),
         ),
     ),
     ("5", ("nn", "diagnostics", "viz", "testing", "deep_ep", "integrations")),

@@ -1,0 +1,227 @@
+"""Every cell of the failure table, on three ranks in the middle of a loop; and the page that prints it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import moecomm
+from moecomm.testing import no_leaks
+from moecomm.testing.simulated import Faults, Outcome, simulate
+from tests.faults import _table
+from tests.faults._ranks import Nursery, World
+from tests.faults._scenes import E, H, K, M, build, right_step, tokens_of
+
+ROOT = Path(__file__).resolve().parents[2]
+VICTIM = 1
+PROCESSES = [name for name in _table.TRANSPORTS if name != "simulated"]
+SLACK = 4.0  # the machine may be busy: a bound of the table is for one that is not
+
+
+def build_for(transport: str) -> moecomm.Buffer:
+    nodes = moecomm.Topology((0, 0, 1)) if transport == "hierarchical" else None
+    return build(transport, timeout_s=_table.TIMEOUT_S, topology=nodes)
+
+
+def loop(buffer: moecomm.Buffer, rank: int, between: Callable[[int], None] = lambda round: None) -> None:
+    """Dispatch and combine until something stops it."""
+    for round in range(10**6):
+        x, topk_idx, weights = tokens_of(rank, round)
+        out: Any = buffer.dispatch(x, topk_idx, weights)
+        between(round)
+        buffer.combine(out.x, out.handle)
+
+
+def cut_connections(world: World) -> None:
+    """Shut down every connection of this process but that to the store of the test."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as sock:
+            peer, own = sock.getpeername(), sock.getsockname()
+            spare = not (peer or own) if sock.family == socket.AF_UNIX else int(os.environ["MASTER_PORT"]) in peer[1:2]
+            if not spare and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 0:
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def run_out(world: World) -> None:
+    """From now on there is no memory for what arrives."""
+    from moecomm import operations
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("out of memory")
+
+    operations.out_parcels = fail  # type: ignore[assignment]  # this process ends soon
+
+
+def act(world: World, transport: str, event: str, buffer: moecomm.Buffer) -> None:
+    """What the victim does in the middle of round 3."""
+    world.store.set("happened", repr(time.monotonic()))
+    if event == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "hung":
+        for rank in (0, 2):
+            world.store.get(f"over/{rank}")  # they give up, and this rank never comes back
+        os._exit(0)
+    if event == "cut":
+        cut_connections(world)
+    if event == "disagree":
+        buffer.dispatch(*tokens_of(world.rank), align=2)
+    if event == "memory":
+        run_out(world)
+    if event == "exception":
+        raise ValueError("a mistake between dispatch and combine")
+    if event == "interrupt":
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()  # when it waits for the others
+    if event == "abort":
+        buffer.abort("enough")
+
+
+def scene(world: World, transport: str, event: str) -> tuple[str, float, str, str]:
+    """The loop on one rank: what it raised, how long after the event, what the buffer says then, what was printed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    printed, buffer = io.StringIO(), build_for(transport)
+    right_step(buffer, world)
+    world.meet("ready")
+
+    def between(round: int) -> None:
+        if round == 3 and world.rank == VICTIM:
+            act(world, transport, event, buffer)
+        elif round == 3 and event == "interrupt":
+            time.sleep(1.0)
+
+    kind = ""
+    with contextlib.redirect_stderr(printed):
+        try:
+            with buffer:
+                loop(buffer, world.rank, between)
+        except BaseException as error:
+            kind = type(error).__name__
+            seconds = time.monotonic() - float(world.store.get("happened"))
+    try:
+        buffer.dispatch(*tokens_of(world.rank))
+        after = "it went on"
+    except moecomm.MoECommError as error:
+        after = str(error)
+    world.mark("over")
+    return kind, seconds, after, printed.getvalue()
+
+
+@pytest.mark.parametrize("event", _table.EVENTS)
+@pytest.mark.parametrize("transport", PROCESSES)
+def test_cell(nursery: Nursery, transport: str, event: str) -> None:
+    row, outcomes = _table.EVENTS[event], nursery.run(scene, 3, transport, event)
+    reports = 0
+    for rank, outcome in enumerate(outcomes):
+        if rank == VICTIM and not row.culprit_gets:
+            continue
+        assert outcome.went_well, f"rank {rank}: {outcome.trace or outcome}"
+        kind, seconds, after, printed = outcome.result
+        wanted = row.culprit_gets if rank == VICTIM else _table.expected(event, transport)
+        assert kind == wanted, f"rank {rank}: {kind} after {seconds:.1f} s, {after}"
+        assert seconds < _table.bound_s(event, transport) + SLACK, f"rank {rank}: {seconds:.1f} s"
+        assert "build a new Buffer" in after, after
+        reports += printed.count("moecomm, rank")
+        if "moecomm, rank" in printed:
+            assert "last seen" in printed and f"what rank {rank} is doing" in printed and "in loop: " in printed, (
+                printed
+            )
+    assert reports <= 1, "one rank prints"
+    if wanted in ("PeerLostError", "StallError") and event in ("killed", "hung"):
+        assert reports == 1, [outcome.result for outcome in outcomes]
+
+
+# -- simulated -------------------------------------------------------------------------------------------------------
+
+
+def simulated_loop(group: Any, event: str) -> None:
+    shape: dict[str, Any] = {"num_experts": E, "hidden": H, "top_k": K, "max_tokens_per_rank": M}
+    buffer = moecomm.Buffer(group, **shape, dtype=torch.float32, timeout_s=_table.TIMEOUT_S)
+    world = group.exchange.world
+
+    def between(round: int) -> None:
+        if round != 3 or group.rank != VICTIM:
+            return
+        if event == "hung":
+            world.wait(group.rank, lambda: False, 1e6)
+        if event == "disagree":
+            buffer.dispatch(*tokens_of(group.rank), align=2)
+        if event == "memory":
+            with mock.patch("moecomm.operations.home_parcel", side_effect=MemoryError), buffer._core.guarded():
+                raise MemoryError("out of memory")
+        if event == "exception":
+            raise ValueError("a mistake")
+        if event == "interrupt":
+            with buffer._core.guarded():
+                raise KeyboardInterrupt
+        if event == "abort":
+            buffer.abort("enough")
+
+    with buffer:
+        loop(buffer, group.rank, between)
+
+
+SIMULATED = {"killed": Faults(kills={VICTIM: 60}), "cut": Faults(drop=1.0)}
+
+
+@pytest.mark.parametrize("event", _table.EVENTS)
+def test_simulated_cell(event: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes: list[Outcome] = simulate(simulated_loop, 3, event, seed=4, faults=SIMULATED.get(event))
+    row = _table.EVENTS[event]
+    for rank, outcome in enumerate(outcomes):
+        if rank == VICTIM and not row.culprit_gets:
+            assert outcome.killed or event == "hung"
+            continue
+        wanted = row.culprit_gets if rank == VICTIM and event != "cut" else _table.expected(event, "simulated")
+        assert type(outcome.error).__name__ == wanted, outcome.trace
+
+
+def test_the_page_is_what_the_table_says() -> None:
+    assert (ROOT / "docs" / "failures.md").read_text(encoding="utf-8") == _table.render()
+
+
+# -- abort -----------------------------------------------------------------------------------------------------------
+
+
+def abort_from_a_thread(world: World, transport: str) -> tuple[str, str, float]:
+    """Rank 2 never comes; the others wait for it until a thread of rank 0 gives up for all of them."""
+    with build(transport, timeout_s=60.0) as buffer:
+        right_step(buffer, world)
+        world.meet("ready")
+        if world.rank == 0:
+            threading.Timer(0.3, buffer.abort, ("enough of it",)).start()
+        start = time.monotonic()
+        if world.rank == 2:
+            world.wait_for("freed", 0, 1)
+        try:
+            buffer.dispatch(*tokens_of(world.rank))
+        except moecomm.MoECommError as error:
+            world.mark("freed")
+            return type(error).__name__, str(error), time.monotonic() - start
+    raise AssertionError("it was not freed")
+
+
+@pytest.mark.parametrize("transport", ["symmetric", "collective"])
+def test_abort_frees_everybody_who_waits(nursery: Nursery, transport: str) -> None:
+    for outcome in nursery.run(abort_from_a_thread, 3, transport):
+        assert outcome.went_well, outcome.trace
+        kind, text, seconds = outcome.result
+        assert kind == "AbortedError" and "rank 0 called abort(): enough of it" in text and seconds < 20.0, text
+
+
+def test_abort_alone() -> None:
+    with no_leaks(), moecomm.Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1) as buffer:
+        buffer.abort("one")
+        buffer.abort("two")
+        with pytest.raises(moecomm.AbortedError, match=r"rank 0 called abort\(\): one"):
+            buffer.dispatch(torch.zeros(1, 1).bfloat16(), torch.zeros(1, 1).long())
