@@ -68,6 +68,49 @@ class _Exchange(Protocol):
         """Return the blobs of all ranks in rank order, or raise StallError or PeerLostError."""
 
 
+class Board(Protocol):
+    """A few keys at one place that all ranks see, and on whose order all agree."""
+
+    def write(self, key: str, value: str) -> None:
+        """Write a key."""
+
+    def wait(self, keys: Sequence[str], timeout_s: float) -> set[str]:
+        """Those of the keys that are there, as soon as one is, or at the deadline."""
+
+    def propose(self, key: str, value: str) -> str:
+        """Write a key unless it is there; what it then holds."""
+
+
+class _StoreBoard:
+    """A board in a torch.distributed store."""
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self._store, self._rank = store, rank
+
+    def write(self, key: str, value: str) -> None:
+        self._ask(lambda wait: _put(self._store, key, value.encode()), 0.0)
+
+    def wait(self, keys: Sequence[str], timeout_s: float) -> set[str]:
+        def look(wait: _Wait) -> set[str]:
+            while not (found := {key for key in keys if self._store.check([key])}) and wait.pause():
+                pass
+            return found
+
+        return self._ask(look, timeout_s)
+
+    def propose(self, key: str, value: str) -> str:
+        return self._ask(lambda wait: self._store.compare_set(key, "", value), 0.0).decode()
+
+    def _ask(self, step: Callable[[_Wait], T], timeout_s: float) -> T:
+        wait = _Wait("shrink", self._rank, max(timeout_s, _GRACE_S))
+        wait_for = _Wait("shrink", self._rank, timeout_s)
+        try:
+            return _finish(lambda: step(wait_for), wait)
+        except dist.DistError as error:
+            what, remedy = "the key-value store of the process group is gone", "start the job again"
+            raise PeerLostError(what, remedy=remedy, rank=self._rank, operation="shrink") from error
+
+
 class _Alone:
     """A group of one rank."""
 
@@ -99,6 +142,13 @@ class _StoreExchange:
                 rank=wait.rank,
                 operation=wait.operation,
             ) from error
+
+    def board(self, name: str) -> Board:
+        return _StoreBoard(dist.PrefixStore(name, self._keys), self._rank)
+
+    def part(self, members: Sequence[int], name: str) -> _StoreExchange:
+        store = dist.PrefixStore(name, self._keys)
+        return _StoreExchange(store, list(members).index(self._rank), len(members))
 
     def _absent(self, kind: str) -> list[int]:
         return [rank for rank in range(self._size) if not self._keys.check([f"{kind}/{rank}"])]
@@ -346,6 +396,23 @@ class Group:
         group._register_backend(torch.device("cpu"), gloo, backend)
         group._set_default_backend(gloo)
         return replace(Group._of_process_group(group), is_duplicate=True)
+
+    def board(self, name: str) -> Board:
+        """The board of that name, at the store that the ranks share.
+
+        Raises:
+            UnsupportedError: they share none, as under MPI.
+        """
+        if not hasattr(self.exchange, "board"):
+            what = "the ranks of this group share no store"
+            raise UnsupportedError(what, expected="a process group of torch.distributed", rank=self.rank)
+        return self.exchange.board(name)
+
+    def part(self, members: Sequence[int], name: str) -> Group:
+        """The group of some of its ranks, renumbered; `name` is new and the same on all of them."""
+        rank = list(members).index(self.rank)
+        exchange: Any = self.exchange.part(members, name)  # type: ignore[attr-defined]
+        return Group(rank=rank, size=len(members), exchange=exchange, transport=self.transport)
 
     def free(self) -> None:
         """End the connections that `duplicate` made, and whatever is under way in them; never waits."""

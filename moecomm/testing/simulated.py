@@ -115,8 +115,47 @@ class SimulatedExchange:
         gone = [self.members.index(peer) for peer in lost()]
         raise PeerLostError(f"{rank_names(gone)} is gone", rank=wait.rank, operation=wait.operation, peers=gone)
 
+    def board(self, name: str) -> SimulatedBoard:
+        """A store that outlives every rank; each access is a moment at which others may come first."""
+        return SimulatedBoard(self.world, self.rank, self.world.shared.setdefault(("store", name), {}))
+
+    def part(self, members: Sequence[int], name: str) -> SimulatedExchange:
+        """The exchange of some of the members."""
+        return SimulatedExchange(self.world, [self.members[member] for member in members], self.rank, name)
+
     def _board(self, rank: int) -> defaultdict[int, dict[int, bytes]]:
         return self.world.shared.setdefault(("board", self.name, rank), defaultdict(dict))
+
+
+@final
+class SimulatedBoard:
+    """A board of a simulated world."""
+
+    def __init__(self, world: World, rank: int, keys: dict[str, str]) -> None:
+        self.world, self.rank, self.keys = world, rank, keys
+
+    def write(self, key: str, value: str) -> None:
+        """Write a key, some time."""
+        self._reach()
+        self.keys[key] = value
+
+    def wait(self, keys: Sequence[str], timeout_s: float) -> set[str]:
+        """The keys that are there, when one is or the deadline has passed."""
+        self._reach()
+        deadline_s = self.world.now_s + timeout_s
+        while not (found := {key for key in keys if key in self.keys}) and self.world.now_s < deadline_s:
+            self._reach()
+        return found
+
+    def propose(self, key: str, value: str) -> str:
+        """Write a key unless it is there; what it then holds."""
+        self._reach()
+        return self.keys.setdefault(key, value)
+
+    def _reach(self) -> None:
+        """It takes a moment to get there, another one each time."""
+        delay_s = max(1e-4, self.world.faults.delay_s) * (0.5 + self.world.random.random())
+        self.world.wait(self.rank, lambda: False, delay_s)
 
 
 @dataclass(slots=True)
@@ -152,6 +191,7 @@ class SimulatedTransport(Transport):
         assert isinstance(exchange, SimulatedExchange)
         self.group, self.world, self.members = group, exchange.world, exchange.members
         self.timeout_s, self._id = options.timeout_s, options.buffer_id
+        self.buffer_id = options.buffer_id
         self.me = self.members[group.rank]
         self.box = self.box_of(group.rank)
         self.seq = self._num_gathered = 0

@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "4",
         (
             *("_operator", "checks", "footprint", "watchdog", "core", "operations", "integrity", "fused", "encoding"),
-            *("padded", "autograd", "calls", "buffer"),
+            *("padded", "autograd", "membership", "calls", "buffer"),
         ),
     ),
     ("5", ("nn", "diagnostics", "viz", "testing", "deep_ep", "integrations")),
