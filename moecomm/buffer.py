@@ -98,7 +98,6 @@ class Buffer:
         max_recv_tokens: int | None = None,
     ) -> None:
         self._group = Group.resolve(group)
-        self._survivors: membership.Survivors | None = None
         self._id = secrets.randbits(62)  # no other process has it, so its handles are nobody's here
         given = configure(
             self._group.rank,
@@ -397,14 +396,13 @@ class Buffer:
     def shrink(self, *, renormalise: bool = False, timeout_s: float | None = None) -> tuple[int, ...]:
         """Go on without the ranks that died: agree with the other survivors, and build everything anew among them.
 
-        Collective among those that live, after an operation failed. Expert ids stay what they were: choices whose
-        experts died with their rank are dropped from now on. Ranks are renumbered (`group`), handles of before are
-        stale, results of before stay valid. On symmetric and simulated transports, while the store of the process
-        group lives (under torchrun its agent hosts it).
+        Collective among those that live, on transports symmetric and simulated, while the store of the process group
+        lives. Expert ids stay what they were: choices of dead experts are dropped. Ranks are renumbered (`group`),
+        handles of before are stale, results stay valid. docs/design/membership.md has protocol and limits.
 
         Args:
-            renormalise: scale the weights of the choices that are left to the sum of all choices of their token.
-            timeout_s: how long to wait for ranks that are not known to be dead; None: that of the buffer.
+            renormalise: scale the weights that are left to the sum of all weights of their token.
+            timeout_s: how long to wait for ranks not known to be dead, seconds; None: that of the buffer.
 
         Returns:
             The ranks that are left, numbered as when the buffer was built.
@@ -413,38 +411,24 @@ class Buffer:
             UnsupportedError: another transport, or a group without a store.
             PeerLostError: the others went on without this rank, or no expert is left.
 
-        >>> from moecomm.testing.simulated import results_of, simulate
-        >>> def step(group):
-        ...     buffer = Buffer(group, num_experts=4, hidden=1, top_k=2, max_tokens_per_rank=1, dtype=torch.float32)
-        ...     left = buffer.shrink() if group.rank else None  # rank 0 does not come
-        ...     if left:
-        ...         out = buffer.dispatch(torch.ones(1, 1), torch.tensor([[0, 3]]))
-        ...         return left, buffer.combine(out.x, out.handle).item()
-        >>> results_of(simulate(step, 2))[1]
-        ((1,), 1.0)
+        >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).shrink()  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot shrink: got local; ...
         """
-        config, timeout_s = self.config, self.config.timeout_s if timeout_s is None else timeout_s
-        parts = membership.shrink(self._core, self._check, self._survivors, renormalise, timeout_s)
-        group, placement, survivors = parts
-        transport = self.transport
+        wait_s = self.config.timeout_s if timeout_s is None else timeout_s
+        parts = membership.shrink(self._core, self._check, self._calls.survivors, renormalise, wait_s)
+        arguments, survivors = parts.arguments(self.config, self.transport), parts.survivors
         self.close()
-        given = {f.name: getattr(config, f.name) for f in fields(config)}
-        given |= {"num_experts": placement.num_experts, "placement": placement, "transport": transport}
-        self.__init__(group, **(given | {"topology": None}))
-        self._survivors = survivors
+        self.__init__(parts.group, **arguments)
+        self._calls.survivors = survivors
         return survivors.members
 
     def abort(self, reason: str = "") -> None:
-        """Give up on this rank and free every rank that waits for it; from any thread, idempotent, waits for nobody.
-
-        All ranks get AbortedError with the reason, at once where they wait, else in their next operation.
+        """Give up and free every rank that waits, with AbortedError; from any thread, idempotent, waits for nobody.
 
         >>> buffer = Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1)
         >>> buffer.abort("the data loader died")
-        >>> buffer.dispatch(torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64))
-        Traceback (most recent call last):
-        ...
-        moecomm.errors.AbortedError: rank 0: ... cannot go on: rank 0 called abort(): the data loader died: ...
         """
         self._core.abort(reason)
 

@@ -15,6 +15,7 @@ from moecomm.checks import Checker
 from moecomm.core import Core
 from moecomm.encoding import arranged, encoded, only_padded, spec_of
 from moecomm.handle import Dispatched, PaddedHandle, Pending
+from moecomm.membership import Survivors
 from moecomm.operations import Homecoming, start_combine, start_dispatch, start_replay
 from moecomm.padded import PaddedOperations, refuse_options
 
@@ -30,10 +31,13 @@ class Calls:
     def __init__(self, core: Core, check: Checker) -> None:
         self._core, self._check = core, check
         self.padded = PaddedOperations(core, check)
+        self.survivors: Survivors | None = None  # once the buffer shrank
 
     def dispatch(self, x: Any, topk_idx: Any, topk_weights: Any, *options: Any, wait: bool) -> Pending[Dispatched]:
         """`Buffer.dispatch`; wait: whether the caller waits at once."""
         layout, align, handle, quant, out = options
+        if self.survivors is not None and handle is None:
+            topk_idx, topk_weights = self.survivors.mask(topk_idx, topk_weights)
         if layout == "padded" or isinstance(handle, PaddedHandle):
             refuse_options(self._check, layout, align)
             return self.padded.dispatch(x, topk_idx, topk_weights, handle, quant, out)

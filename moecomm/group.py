@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from moecomm import _env
+from moecomm.board import Board, StoreBoard
 from moecomm.errors import ConfigError, DesyncError, PeerLostError, StallError, UnsupportedError
 
 T = TypeVar("T")
@@ -68,49 +69,6 @@ class _Exchange(Protocol):
         """Return the blobs of all ranks in rank order, or raise StallError or PeerLostError."""
 
 
-class Board(Protocol):
-    """A few keys at one place that all ranks see, and on whose order all agree."""
-
-    def write(self, key: str, value: str) -> None:
-        """Write a key."""
-
-    def wait(self, keys: Sequence[str], timeout_s: float) -> set[str]:
-        """Those of the keys that are there, as soon as one is, or at the deadline."""
-
-    def propose(self, key: str, value: str) -> str:
-        """Write a key unless it is there; what it then holds."""
-
-
-class _StoreBoard:
-    """A board in a torch.distributed store."""
-
-    def __init__(self, store: dist.Store, rank: int) -> None:
-        self._store, self._rank = store, rank
-
-    def write(self, key: str, value: str) -> None:
-        self._ask(lambda wait: _put(self._store, key, value.encode()), 0.0)
-
-    def wait(self, keys: Sequence[str], timeout_s: float) -> set[str]:
-        def look(wait: _Wait) -> set[str]:
-            while not (found := {key for key in keys if self._store.check([key])}) and wait.pause():
-                pass
-            return found
-
-        return self._ask(look, timeout_s)
-
-    def propose(self, key: str, value: str) -> str:
-        return self._ask(lambda wait: self._store.compare_set(key, "", value), 0.0).decode()
-
-    def _ask(self, step: Callable[[_Wait], T], timeout_s: float) -> T:
-        wait = _Wait("shrink", self._rank, max(timeout_s, _GRACE_S))
-        wait_for = _Wait("shrink", self._rank, timeout_s)
-        try:
-            return _finish(lambda: step(wait_for), wait)
-        except dist.DistError as error:
-            what, remedy = "the key-value store of the process group is gone", "start the job again"
-            raise PeerLostError(what, remedy=remedy, rank=self._rank, operation="shrink") from error
-
-
 class _Alone:
     """A group of one rank."""
 
@@ -144,7 +102,7 @@ class _StoreExchange:
             ) from error
 
     def board(self, name: str) -> Board:
-        return _StoreBoard(dist.PrefixStore(name, self._keys), self._rank)
+        return StoreBoard(dist.PrefixStore(name, self._keys), self._rank)
 
     def part(self, members: Sequence[int], name: str) -> _StoreExchange:
         store = dist.PrefixStore(name, self._keys)

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moecomm.checks import INDEX_DTYPES, Checker
+from moecomm.board import Board
+from moecomm.checks import INDEX_DTYPES, BufferConfig, Checker
 from moecomm.core import Core
 from moecomm.errors import AbortedError, PeerLostError, RoutingError, UnsupportedError
-from moecomm.group import Board, Group
+from moecomm.group import Group
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import first_bad_entry
 
@@ -120,9 +121,21 @@ class Survivors:
         return masked, kept * torch.where(left != 0, chosen / torch.where(left != 0, left, 1.0), 1.0)
 
 
-def shrink(
-    core: Core, check: Checker, before: Survivors | None, renormalise: bool, timeout_s: float
-) -> tuple[Group, ExpertPlacement, Survivors]:
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """What is left, and with what to build anew."""
+
+    group: Group
+    placement: ExpertPlacement
+    survivors: Survivors
+
+    def arguments(self, config: BufferConfig, transport: str) -> dict[str, Any]:
+        """Those of the buffer, but for what changed."""
+        given = {f.name: getattr(config, f.name) for f in fields(config)} | {"topology": None, "transport": transport}
+        return given | {"num_experts": self.placement.num_experts, "placement": self.placement}
+
+
+def shrink(core: Core, check: Checker, before: Survivors | None, renormalise: bool, timeout_s: float) -> Rest:
     """Agree with the other survivors; the group, the placement and the translation with which to build anew."""
     group, name = core.transport.group, core.transport.name
     if name not in TRANSPORTS:
@@ -153,4 +166,4 @@ def shrink(
         members_then = members
     first_check = check if before is None else before.check
     survivors = Survivors(members_then, now.to(check.config.device), first_check, renormalise)
-    return group.part(members, place), placement, survivors
+    return Rest(group.part(members, place), placement, survivors)

@@ -30,7 +30,7 @@ def conform(group: Any, case: Case, check: str) -> list[Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_right_rows_are_never_accused(name: str, check: str) -> None:
     for results in results_of(simulate(conform, 3, CASES[name], check, seed=1, faults=Faults(fragments=3))):
-        assert [(result.ok, result.message) for result in results] == [(True, "")] * 4
+        assert len(results) >= 4 and [result.message for result in results if not result.ok] == []
 
 
 def steps(group: Any, check: str, layout: str = "expert") -> None:
