@@ -396,9 +396,8 @@ class Buffer:
     def shrink(self, *, renormalise: bool = False, timeout_s: float | None = None) -> tuple[int, ...]:
         """Go on without the ranks that died: agree with the other survivors, and build everything anew among them.
 
-        Collective among those that live, on transports symmetric and simulated, while the store of the process group
-        lives. Expert ids stay what they were: choices of dead experts are dropped. Ranks are renumbered (`group`),
-        handles of before are stale, results stay valid. docs/design/membership.md has protocol and limits.
+        Collective among those that live; on symmetric and simulated, while the store of the process group lives. Choices
+        of dead experts are dropped, ids stay. Ranks are renumbered (`group`), handles are stale, results stay valid.
 
         Args:
             renormalise: scale the weights that are left to the sum of all weights of their token.
@@ -411,13 +410,11 @@ class Buffer:
             UnsupportedError: another transport, or a group without a store.
             PeerLostError: the others went on without this rank, or no expert is left.
 
-        >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).shrink()  # doctest: +ELLIPSIS
+        >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).shrink()
         Traceback (most recent call last):
-        ...
-        moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot shrink: got local; ...
+        moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot shrink: ...
         """
-        wait_s = self.config.timeout_s if timeout_s is None else timeout_s
-        parts = membership.shrink(self._core, self._check, self._calls.survivors, renormalise, wait_s)
+        parts = membership.shrink(self._core, self._check, self._calls.survivors, renormalise, timeout_s)
         arguments, survivors = parts.arguments(self.config, self.transport), parts.survivors
         self.close()
         self.__init__(parts.group, **arguments)

@@ -151,7 +151,8 @@ def shrink(core: Core, check: Checker, before: Survivors | None, renormalise: bo
     blamed = () if failure is None or isinstance(failure, AbortedError) else failure.peers
     suspects = [peer for peer in blamed if peer != group.rank]
     place = f"shrink/{core.transport.buffer_id:x}"
-    members = agree_on_members(group, place, suspects, timeout_s)
+    wait_s = check.config.timeout_s if timeout_s is None else timeout_s
+    members = agree_on_members(group, place, suspects, wait_s)
     held = check.config.placement.experts_of_rank
     left = [expert for member in members for expert in held[member]]
     if not left:
