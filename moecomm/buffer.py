@@ -396,12 +396,12 @@ class Buffer:
     def shrink(self, *, renormalise: bool = False, timeout_s: float | None = None) -> tuple[int, ...]:
         """Go on without the ranks that died: agree with the other survivors, and build everything anew among them.
 
-        Collective among those that live; on symmetric and simulated, while the store of the process group lives. Choices
-        of dead experts are dropped, ids stay. Ranks are renumbered (`group`), handles are stale, results stay valid.
+        Collective among those that live; on symmetric and simulated, while the store of the process group lives. Ids
+        of experts stay, dead ones are dropped. Ranks are renumbered (`group`), handles are stale, results stay valid.
 
         Args:
-            renormalise: scale the weights that are left to the sum of all weights of their token.
-            timeout_s: how long to wait for ranks not known to be dead, seconds; None: that of the buffer.
+            renormalise: scale the weights that are left to the sum of all of their token.
+            timeout_s: to wait for ranks not known to be dead, seconds; None: that of the buffer.
 
         Returns:
             The ranks that are left, numbered as when the buffer was built.
@@ -415,11 +415,11 @@ class Buffer:
         moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot shrink: ...
         """
         parts = membership.shrink(self._core, self._check, self._calls.survivors, renormalise, timeout_s)
-        arguments, survivors = parts.arguments(self.config, self.transport), parts.survivors
+        arguments = parts.arguments(self.config, self.transport)
         self.close()
         self.__init__(parts.group, **arguments)
-        self._calls.survivors = survivors
-        return survivors.members
+        self._calls.survivors = parts.survivors
+        return parts.survivors.members
 
     def abort(self, reason: str = "") -> None:
         """Give up and free every rank that waits, with AbortedError; from any thread, idempotent, waits for nobody.
