@@ -415,14 +415,13 @@ class Buffer:
         moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot shrink: ...
         """
         parts = membership.shrink(self._core, self._check, self._calls.survivors, renormalise, timeout_s)
-        arguments = parts.arguments(self.config, self.transport)
         self.close()
-        self.__init__(parts.group, **arguments)
+        self.__init__(parts.group, **parts.arguments(self.config, self.transport))
         self._calls.survivors = parts.survivors
         return parts.survivors.members
 
     def abort(self, reason: str = "") -> None:
-        """Give up and free every rank that waits, with AbortedError; from any thread, idempotent, waits for nobody.
+        """Give up and free every rank that waits (AbortedError); from any thread, idempotent, waits for nobody.
 
         >>> buffer = Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1)
         >>> buffer.abort("the data loader died")
@@ -442,8 +441,8 @@ class Buffer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:  # the others hear why this rank leaves
-            self._core.abort(f"{type(error).__name__}: {error}")
+        if error is not None:
+            self._core.abort(f"{type(error).__name__}: {error}")  # the others hear why
         self.close()
 
     def __del__(self) -> None:

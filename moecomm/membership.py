@@ -135,7 +135,7 @@ class Rest:
         return given | {"num_experts": self.placement.num_experts, "placement": self.placement}
 
 
-def shrink(core: Core, check: Checker, before: Survivors | None, renormalise: bool, timeout_s: float) -> Rest:
+def shrink(core: Core, check: Checker, before: Survivors | None, renormalise: bool, timeout_s: float | None) -> Rest:
     """Agree with the other survivors; the group, the placement and the translation with which to build anew."""
     group, name = core.transport.group, core.transport.name
     if name not in TRANSPORTS:
