@@ -28,7 +28,7 @@ from moecomm.testing._worker import Answer, Join, Leave, Run
 
 _START_S = 120.0  # a loaded machine takes long to import torch; not part of any test's own deadline
 _GRACE_S = 3.0  # after the first failure the other ranks get this long to tell their side
-_LEAVE_S = 15.0
+_LEAVE_S = 60.0
 _STACKS_S = 0.5
 _POLL_S = 0.1
 _LOG_TAIL_BYTES = 6000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from tests.faults._ranks import World
 
 E, H, K, M = 6, 16, 2, 8
 TRANSPORTS = ("symmetric", "collective")
+
+
+def patience(seconds: float) -> float:
+    """How long something may take here and now that may take so long on an idle machine."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def build(transport: str = "symmetric", **changed: Any) -> moecomm.Buffer:
