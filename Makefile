@@ -50,7 +50,7 @@ check: $(STAMP)  ## formatting, lint and types
 
 docs: $(STAMP)  ## the documentation as a site in out/site, without a warning
 	$(PY) docs/diagrams.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(STAMP)  ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff format

@@ -257,7 +257,7 @@ class Buffer:
             (T, H) in the buffer's dtype.
 
         Raises:
-            As `dispatch`.
+            MoECommError: as `dispatch`.
 
         >>> buffer = Buffer(num_experts=2, hidden=1, top_k=2, max_tokens_per_rank=4, dtype=torch.float32)
         >>> out = buffer.dispatch(torch.tensor([[1.0]]), torch.tensor([[1, 0]]), torch.tensor([[0.5, 2.0]]))

@@ -85,7 +85,7 @@ def peer_traffic(rows: Tensor, *, row_bytes: int | None = None) -> Any:
         matplotlib Figure.
 
     Raises:
-        As `expert_load`.
+        UnsupportedError, ConfigError: as `expert_load`.
 
     >>> peer_traffic(torch.tensor([[0, 3], [5, 0]]), row_bytes=1_000_000).axes[0].get_title()
     'MB from rank to rank'

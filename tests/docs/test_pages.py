@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,6 +88,21 @@ def test_links_and_images_lead_somewhere(page: Path) -> None:
         t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t and not t.startswith("#")
     ]
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_examples_of_docstrings_are_shown_as_code() -> None:
+    names = runpy.run_path(str(ROOT / "docs/doctests.py"))
+    assert names["fenced"]("a\n\n>>> 1\n1") == "a\n\n```python\n>>> 1\n1\n```"
+
+
+def test_files_of_the_repository_become_pages() -> None:
+    """A link into the docs stays one, a link elsewhere becomes the name."""
+    rewrite = runpy.run_path(str(ROOT / "docs/hooks.py"))["on_page_markdown"]
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="changelog.md"))
+    text = rewrite("", page)
+    assert "](docs/" not in text and "](bench/" not in text and text.startswith("# Changelog")
+    page.file.src_uri = "index.md"
+    assert rewrite("as it is", page) == "as it is"
 
 
 def test_every_error_has_its_section() -> None:
