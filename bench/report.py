@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="*", default=RESULTS, help="files that --out of a benchmark wrote")
     parser.add_argument("--html", type=Path, help="write the interactive page here")
     parser.add_argument("--plots", type=Path, help="write PNG and SVG plots into this folder")
+    parser.add_argument("--formats", default="png,svg", help="of the plots, a comma list (default: png,svg)")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="Markdown files with a table to rewrite")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is stale")
     args = parser.parse_args(argv)
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.html.write_text(page(rows), encoding="utf-8")
         written.append(args.html)
     if args.plots:
-        written += draw(rows, args.plots)
+        written += draw(rows, args.plots, args.formats.split(","))
     print("wrote", *written)
     return 0
 

@@ -63,7 +63,7 @@ def reports() -> list[list[str]]:
     table = str(RESULTS / "dispatch_combine.json")
     everything = [str(path) for path in sorted(RESULTS.glob("*.json")) if path.stem != "internode"]
     curves = [str(RESULTS / f"{name}.json") for name in ("tiny", "scaling") if (RESULTS / f"{name}.json").exists()]
-    plots = [*curves[:1], table, "--plots", str(ROOT / "docs/assets/bench")]
+    plots = [*curves[:1], table, "--formats", "svg", "--plots", str(ROOT / "docs/assets/bench")]
     page = ["--html", str(ROOT / "docs/assets/bench/report.html")]
     return [[*report, table, "--into", *map(str, PAGES)], [*report, *plots], [*report, *everything, *page]]
 
