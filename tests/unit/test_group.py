@@ -249,12 +249,17 @@ def test_other_operation_is_a_desync(three: RankPool) -> None:
 # -- bad arguments ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group", ["world", 3, object(), [0, 1], Group.resolve()])
+@pytest.mark.parametrize("group", ["world", 3, object(), [0, 1], Group])
 def test_wrong_type_is_refused(group: Any) -> None:
     name = f"{type(group).__module__}.{type(group).__qualname__}"
     with pytest.raises(ConfigError, match="group has a type that moecomm does not know") as caught:
         Group.resolve(group)
     assert f"got {name}; expected a torch.distributed.ProcessGroup, an mpi4py.MPI.Comm, or None" in str(caught.value)
+
+
+def test_a_group_is_given_back() -> None:
+    group = Group.resolve()
+    assert Group.resolve(group) is group
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1.0, float("inf"), float("nan"), "60"])
