@@ -149,7 +149,7 @@ class UserError(Exception):
 
 def leave(world: World, transport: str, how: str) -> Caught:
     """Rank 1 leaves in the middle; the others are in a combine and wait."""
-    buffer = build(transport, timeout_s=3.0)
+    buffer = build(transport, timeout_s=20.0 if transport == "symmetric" else 3.0)
     out = right_step(buffer, world)
     others = [rank for rank in range(world.size) if rank != 1]
     if world.rank != 1:
@@ -178,8 +178,9 @@ def test_a_rank_that_leaves_is_named(nursery: Nursery, transport: str, how: str)
         assert isinstance(caught.error, (moecomm.PeerLostError, moecomm.StallError)) and unusable(caught), caught.text
         assert caught.error.peers == (1,) and caught.error.operation == "combine", caught.text
         if transport == "symmetric":
-            assert "rank 1 closed its buffer" in caught.text, caught.text
-            assert caught.seconds < 2.5, "at once, not at the deadline"
+            why = "closed its buffer" if how == "close" else "called abort(): UserError: between dispatch and combine"
+            assert f"rank 1 {why}" in caught.text, caught.text
+            assert caught.seconds < 10.0, "at once, not at the deadline"
         else:
             assert caught.seconds < patience(3.0 + ROLL_CALL_S)
 
@@ -218,7 +219,7 @@ def test_an_exception_that_skips_an_operation_is_a_disagreement(nursery: Nursery
 
 def break_off(world: World, transport: str, how: str) -> Caught | str:
     """Rank 1 runs out of memory, or is interrupted, inside an operation; the others wait in it."""
-    buffer = build(transport, timeout_s=8.0)
+    buffer = build(transport, timeout_s=30.0)
     right_step(buffer, world)
     world.mark("in")
     if world.rank != 1:
@@ -255,4 +256,4 @@ def test_a_rank_that_breaks_off_tells_the_others(nursery: Nursery, transport: st
         assert isinstance(caught.error, (moecomm.PeerLostError, moecomm.StallError)) and unusable(caught), caught.text
         assert caught.error.peers == (1,) and caught.error.operation == "dispatch", caught.text
         assert f"rank 1 broke off with {name}" in caught.text, caught.text
-        assert caught.seconds < 6.0, "before the deadline"
+        assert caught.seconds < 20.0, "before the deadline"
