@@ -115,15 +115,19 @@ class ExpertExchange:
         if share is not None:
             x, topk_idx = _TakeShare.apply(x, share), share.of(topk_idx)
             topk_weights = None if topk_weights is None else _TakeShare.apply(topk_weights, share)
-        buffer = self._buffer(x, topk_idx.shape[1], placement)
+        # Ranks that all have one batch know each other's shares.
+        known = share.size if share is not None and self.batches == 1 else None
+        buffer = self._buffer(x, topk_idx.shape[1], placement, known)
         out = buffer.dispatch(x, topk_idx, None if topk_weights is None else topk_weights.float())
         rows = experts(out.x, out.tokens_per_expert).to(x.dtype)  # autocast may have chosen another
         y = buffer.combine(rows, out.handle, weighted=topk_weights is not None)
         return y if share is None else _JoinShares.apply(y, share)
 
-    def _buffer(self, x: Tensor, top_k: int, placement: ExpertPlacement) -> Buffer:
+    def _buffer(self, x: Tensor, top_k: int, placement: ExpertPlacement, known: int | None) -> Buffer:
         grown = self._buffers.setdefault((x.shape[1], top_k, placement, x.dtype, x.device), [])
-        most = self._most_tokens if self._most_tokens is not None else self._agree_on_most(x, grown)
+        most = self._most_tokens if self._most_tokens is not None else known
+        if most is None:
+            most = self._agree_on_most(x, grown)
         if not grown or grown[-1].config.max_tokens_per_rank < most:
             if self._most_tokens is None:
                 most = 1 << (max(most, _FEWEST_TOKENS) - 1).bit_length()
@@ -197,19 +201,20 @@ class _Share:
 
     def of(self, tokens: Tensor) -> Tensor:
         """This rank's share of (T, ...)."""
-        size = self._size
-        return tokens[self.group.rank() * size : (self.group.rank() + 1) * size].contiguous()
+        start = self.group.rank() * self.size
+        return tokens[start : start + self.size].contiguous()
 
     def join(self, share: Tensor) -> Tensor:
         """(T, ...) of the shares of all ranks."""
-        padded = share.new_zeros(self._size, *share.shape[1:])
+        padded = share.new_zeros(self.size, *share.shape[1:])
         padded[: len(share)] = share
-        whole = share.new_empty(self.group.size() * self._size, *share.shape[1:])
+        whole = share.new_empty(self.group.size() * self.size, *share.shape[1:])
         dist.all_gather_into_tensor(whole, padded, group=self.group)
         return whole[: self.num_tokens]
 
     @property
-    def _size(self) -> int:
+    def size(self) -> int:
+        """Tokens of every share but the last ones, which may have fewer."""
         return -(-self.num_tokens // self.group.size())
 
 

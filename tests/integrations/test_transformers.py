@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 from typing import Any
 
@@ -44,7 +46,8 @@ def exchange_of(model: Any) -> Any:
 
 def spread(rank: int, family: str) -> dict[str, Any]:
     """One family: everything that must be equal, measured on one rank."""
-    reference, model = build(family), build(family)
+    reference = build(family)
+    model = copy.deepcopy(reference)
     assert expert_parallel(model, timeout_s=60) is model
     ids, mine = tokens(), tokens()[rows_of(rank)]
     logits, grads = forward_backward(reference, ids)
@@ -65,7 +68,7 @@ def spread(rank: int, family: str) -> dict[str, Any]:
     results["state"] = sorted(state) == sorted(reference.state_dict()) and all(
         torch.equal(state[name], value) for name, value in reference.state_dict().items()
     )
-    return results | reloaded(rank, family, state, ids, logits) | bitwise(rank, family, ids)
+    return results | reloaded(rank, reference, state, logits) | bitwise(rank, reference, grads)
 
 
 def memory(model: torch.nn.Module) -> int:
@@ -78,40 +81,50 @@ def fair_share(model: torch.nn.Module, rank: int) -> float:
     return len(local_part(name, weights, rank)) / len(weights)
 
 
-def reloaded(rank: int, family: str, state: Any, ids: Any, logits: Any) -> dict[str, Any]:
+@functools.cache
+def groups(world: Any) -> tuple[Any, Any]:
+    """This rank's group of two, and of one; made once, since making one takes as long as using it."""
+    twos = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    ones = [dist.new_group([rank]) for rank in range(RANKS)]
+    return twos[dist.get_rank() // 2], ones[dist.get_rank()]
+
+
+def reloaded(rank: int, reference: Any, state: Any, logits: Any) -> dict[str, Any]:
     """What was saved with EP = 4, unsharded and with EP = 2."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    alone, two = build(family), build(family)
+    alone, two = copy.deepcopy(reference), copy.deepcopy(reference)
     for model in (alone, two):
         for parameter in model.parameters():
             parameter.data.zero_()
     alone.load_state_dict(state)
-    expert_parallel(two, pairs[rank // 2])
+    expert_parallel(two, groups(dist.group.WORLD)[0])
     two.load_state_dict(state)
     with torch.no_grad():
         return {
-            "loaded unsharded": difference(alone(ids).logits, logits),
-            "loaded with EP = 2": difference(two(ids).logits, logits),
+            "loaded unsharded": difference(alone(tokens()).logits, logits),
+            "loaded with EP = 2": difference(two(tokens()).logits, logits),
         }
 
 
-def bitwise(rank: int, family: str, ids: Any) -> dict[str, Any]:
-    """EP = 4 against EP = 1 with reduce="source" and experts whose rows do not depend on each other."""
-    alone = [dist.new_group([other]) for other in range(RANKS)][rank]
-    models = [expert_parallel(build(family), group, reduce="source") for group in (alone, None)]
-    shared = expert_parallel(build(family), reduce="source", replicated=True)
+def bitwise(rank: int, reference: Any, grads: dict[str, Any]) -> dict[str, Any]:
+    """EP = 4 against EP = 1 with reduce="source", and ranks that share one batch."""
+    ids, alone = tokens(), groups(dist.group.WORLD)[1]
+    models = [expert_parallel(copy.deepcopy(reference), group, reduce="source") for group in (alone, None)]
+    shared = expert_parallel(copy.deepcopy(reference), reduce="source", replicated=True)
     with torch.no_grad():
         one, four, share = (model(ids).logits for model in (*models, shared))
-    rows = [sum(b.stats()["rows_remote"] + b.stats()["rows_local"] for b in exchange_of(m).buffers) for m in models]
-    share_rows = sum(b.stats()["rows_remote"] + b.stats()["rows_local"] for b in exchange_of(shared).buffers)
-    _, grads = forward_backward(build(family), ids)
+    rows = [rows_sent(model) for model in (models[1], shared)]
     _, got_grads = forward_backward(shared, ids)
     return {
         "bitwise": torch.equal(one, four),
         "shares of one batch": difference(share, one),
         "gradients of shares": worst_gradient(got_grads, grads, rank),
-        "rows": (rows[0], rows[1], share_rows),
+        "rows": rows,
     }
+
+
+def rows_sent(model: Any) -> int:
+    stats = [buffer.stats() for buffer in exchange_of(model).buffers]
+    return int(sum(each["rows_remote"] + each["rows_local"] for each in stats))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,5 +139,5 @@ def test_a_family_is_the_model_it_was(ranks: RankPool, family: str) -> None:
         assert result["generates the same"] and result["state"] and result["bitwise"], (rank, result)
         held, fair = result["memory"]
         assert held == pytest.approx(fair, rel=0.02), (rank, held)
-    _, everywhere, shares = (sum(result["rows"][i] for result in results) for i in range(3))
+    everywhere, shares = (sum(result["rows"][i] for result in results) for i in range(2))
     assert shares * RANKS == everywhere, "each rank sends its share of the batch only"

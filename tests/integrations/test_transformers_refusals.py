@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import moecomm
@@ -137,21 +136,6 @@ def test_options_are_refused_before_anything_is_cut(options: Any, kind: type[Exc
     with pytest.raises(kind, match=message):
         expert_parallel(model, **options)
     expert_parallel(model)  # as good as new
-
-
-def test_dtensors_are_refused() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        from torch.distributed.tensor import Shard, distribute_tensor
-
-        layer, mesh = Layer(Experts()), dist.init_device_mesh("cpu", (1,))
-        experts = layer.get_submodule("experts")
-        sharded = distribute_tensor(torch.ones(4, 3, 3), mesh, [Shard(1)])
-        experts.register_parameter("up_proj", nn.Parameter(sharded))
-        with pytest.raises(moecomm.UnsupportedError, match=r"experts \(Experts\).*parallelised already.* DTensors"):
-            expert_parallel(layer)
-    finally:
-        dist.destroy_process_group()
 
 
 def test_experts_that_layers_share_stay_shared() -> None:

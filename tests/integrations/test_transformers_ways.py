@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import os
@@ -151,7 +152,8 @@ def test_meta_and_save_pretrained(ranks: RankPool, tmp_path: Path) -> None:
 
 def trained(rank: int) -> dict[str, Any]:
     """DDP around it, with checkpointing; then a larger batch, then the backward of the first; then clipping."""
-    reference, model = build("qwen3_moe"), build("qwen3_moe")
+    reference = build("qwen3_moe")
+    model = copy.deepcopy(reference)
     _, grads = forward_backward(reference, tokens())
     expert_parallel(model)
     model.train()
@@ -218,7 +220,20 @@ def at_odd_times(rank: int) -> dict[str, Any]:
     except moecomm.StallError as error:
         results["stall"] = error.peers
     dist.barrier()
+    results["DTensors"] = refusal_of_dtensors()
     return results
+
+
+def refusal_of_dtensors() -> str:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = build("mixtral", num_hidden_layers=1)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    sharded = distribute_tensor(experts.down_proj.detach(), dist.init_device_mesh("cpu", (4,)), [Shard(1)])
+    experts.down_proj = torch.nn.Parameter(sharded)
+    with pytest.raises(moecomm.UnsupportedError) as refused:
+        expert_parallel(model)
+    return str(refused.value)
 
 
 def test_odd_times(ranks: RankPool) -> None:
@@ -227,6 +242,7 @@ def test_odd_times(ranks: RankPool) -> None:
         assert result["stops"] and result["few"] and result["no tokens"] and result["capacity"], result
     assert len({result["length"] for result in results}) > 1, "one rank is done before the others"
     assert results[0]["stall"] == (1, 2, 3)
+    assert re.search(r"layers\.0\.mlp\.experts \(MixtralExperts\).*parallelised already.*DTen", results[0]["DTensors"])
 
 
 # -- docs and example ------------------------------------------------------------------------------------------------
