@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from moecomm import autograd, integrity, membership
+from moecomm import autograd, integrity, membership, traced
 from moecomm.calls import Calls
 from moecomm.checks import BufferConfig, Checker, agree, configure
 from moecomm.core import Core
@@ -202,6 +202,8 @@ class Buffer:
         >>> out.x.tolist(), out.expert_offsets.tolist(), out.tokens_per_expert.tolist()
         ([[3.0, 4.0], [0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], [2, 4], [1, 1])
         """
+        if torch.compiler.is_compiling() and layout == "padded":
+            return traced.dispatched(x, topk_idx, topk_weights, self._id, handle, quant, out)
         return self._calls.dispatch(x, topk_idx, topk_weights, layout, align, handle, quant, out, wait=True).wait()
 
     def dispatch_async(
@@ -264,6 +266,8 @@ class Buffer:
         >>> buffer.combine(out.x, out.handle, bias=torch.tensor([[10.0]])).tolist()
         [[12.5]]
         """
+        if torch.compiler.is_compiling() and isinstance(handle, PaddedHandle):
+            return traced.combined(rows, handle, weighted, bias, quant, out)
         return self._calls.combine(rows, handle, weighted, bias, quant, out, wait=True).wait()
 
     def combine_async(

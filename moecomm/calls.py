@@ -30,7 +30,7 @@ class Calls:
 
     def __init__(self, core: Core, check: Checker) -> None:
         self._core, self._check = core, check
-        self.padded = PaddedOperations(core, check)
+        self.padded = core.padded = PaddedOperations(core, check)
         self.survivors: Survivors | None = None  # once the buffer shrank
 
     def dispatch(self, x: Any, topk_idx: Any, topk_weights: Any, *options: Any, wait: bool) -> Pending[Dispatched]:

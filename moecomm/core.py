@@ -62,6 +62,7 @@ class Core:
     failure: MoECommError | None = None
     closed: bool = False
     rows_of_expert: np.ndarray | None = None
+    padded: Any = None  # `padded.PaddedOperations`
     integrity: Any = None  # `integrity.Integrity` where rows are checked on arrival
     fused: Any = None  # `fused.FusedOperations` where the transport moves whole operations
 

@@ -87,7 +87,7 @@ class PaddedHandle:
     topk_idx: (T, K) int64 global expert ids, -1 for none.
     topk_weights: (T, K) float32, all 1 if dispatch got none.
     places: (T, K) int32 row `local expert * W * M + this rank * M + slot` of each entry at its expert, -1 for none.
-    number: of the dispatch on its buffer.
+    number: of the dispatch on its buffer; below 0 in a compiled graph, where `sequence`, () int64, says it.
 
     >>> import torch, moecomm
     >>> with moecomm.Buffer(num_experts=2, hidden=4, top_k=1, max_tokens_per_rank=8, dtype=torch.float32) as buffer:
@@ -101,6 +101,7 @@ class PaddedHandle:
     places: Tensor
     number: int
     buffer_id: int
+    sequence: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

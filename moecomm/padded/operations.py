@@ -56,7 +56,7 @@ class PaddedOperations:
         self._generations = Generation(0), Generation(1)
         self._number = self._num_homes = 0
         rows = placement.num_ranks * config.max_tokens_per_rank
-        self._padded = placement.experts_per_rank[core.rank], rows, config.hidden
+        self.shape = placement.experts_per_rank[core.rank], rows, config.hidden
         self._on_host = config.device.type == "cpu"
         self._kinds: dict[object, tuple[Kinds, str]] = {}
 
@@ -156,9 +156,9 @@ class PaddedOperations:
         weights = self._check_home(g, handle, weighted, bias)
         if bias is not None:
             bias = bias.contiguous()
-        summed = out if out is not None else empty_rows(g.num_tokens, self._padded[2], core.dtype, core.tables.device)
+        summed = out if out is not None else empty_rows(g.num_tokens, self.shape[2], core.dtype, core.tables.device)
         if out is not None:
-            self._check.tensor("out", out, (g.num_tokens, self._padded[2]), (core.dtype,))
+            self._check.tensor("out", out, (g.num_tokens, self.shape[2]), (core.dtype,))
         tag = f"combine layout=padded dispatch={g.number} weighted={weights is not None} quant={spec}"
         with core.guarded(), core.phase("send"):
             if g.home is not None:
@@ -184,13 +184,13 @@ class PaddedOperations:
     def combine_input(self, handle: PaddedHandle) -> Tensor:
         """(L, W * M, H) memory of the buffer: rows written there go home without a copy."""
         self._core.check_usable()
-        return self.mover.home_rows(self._of(handle), ((self._core.dtype, self._padded[2:]),))[0]
+        return self.mover.home_rows(self._of(handle), ((self._core.dtype, self.shape[2:]),))[0]
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
     def _payloads(self, x: Any) -> tuple[tuple[Tensor, ...], int]:
         """The rows, or the pair, that were given, and for how many tokens."""
-        num_tokens = self._plain(x, self._padded[2], self._core.dtype)
+        num_tokens = self._plain(x, self.shape[2], self._core.dtype)
         if not 0 <= num_tokens <= self._config.max_tokens_per_rank:
             payloads = self._check.payloads(x)
             self._no_gradient(*payloads)
@@ -255,7 +255,7 @@ class PaddedOperations:
         if len(given) != len(kinds):
             raise self._error(ConfigError, "out does not fit", f"{len(given)} tensors", f"{len(kinds)}", "correct out")
         for target, (dtype, shape) in zip(given, kinds, strict=True):
-            self._check.tensor("out", target, (*self._padded[:2], *shape), (dtype,))
+            self._check.tensor("out", target, (*self.shape[:2], *shape), (dtype,))
             if not target.is_contiguous():
                 raise self._error(ConfigError, "out is not contiguous", target.stride(), "rows that follow", "copy it")
         return given
@@ -265,7 +265,7 @@ class PaddedOperations:
         assert g.ranges is not None
         spans = g.ranges.flatten(0, 1).long()
         num_rows, first = spans[:, 1] - spans[:, 0], torch.arange(len(spans), device=rows.device)
-        starts = first // g.ranges.shape[1] * self._padded[1] + spans[:, 0]
+        starts = first // g.ranges.shape[1] * self.shape[1] + spans[:, 0]
         before = num_rows.cumsum(0) - num_rows
         here = torch.repeat_interleave(starts - before, num_rows)
         here += torch.arange(len(here), device=rows.device)
@@ -281,7 +281,7 @@ class PaddedOperations:
             what, expected = "rows of this dtype cannot be summed", "float32, float16 or bfloat16"
             remedy = "build the buffer with the dtype of the expert outputs"
             raise self._error(UnsupportedError, what, f"a buffer of {core.dtype}", expected, remedy)
-        self._check.tensor("rows", rows, self._padded, (core.dtype,))
+        self._check.tensor("rows", rows, self.shape, (core.dtype,))
         self._no_gradient(rows)
         return rows.resolve_neg().contiguous()
 
@@ -291,7 +291,7 @@ class PaddedOperations:
             what, expected = "weighted is no truth value", "True, False or None"
             raise self._error(ConfigError, what, repr(weighted), expected, "correct weighted")
         if bias is not None:
-            self._check.tensor("bias", bias, (g.num_tokens, self._padded[2]), (self._core.dtype, torch.float32))
+            self._check.tensor("bias", bias, (g.num_tokens, self.shape[2]), (self._core.dtype, torch.float32))
             self._no_gradient(bias)
         return None if weighted is False else handle.topk_weights
 
@@ -301,9 +301,10 @@ class PaddedOperations:
     def _of(self, handle: PaddedHandle) -> Generation:
         """The generation of a handle that is still good."""
         self._check.same_buffer(handle.buffer_id)
-        g = self._generations[handle.number % 2]
-        if g.number != handle.number:
-            raise self._stale(handle.number, "was overwritten:")
+        number = handle.number if handle.sequence is None else int(handle.sequence)
+        g = self._generations[number % 2]
+        if g.number != number:
+            raise self._stale(number, "was overwritten:")
         return g
 
     def _stale(self, number: int, what: str) -> StaleHandleError:

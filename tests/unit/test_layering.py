@@ -42,10 +42,10 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "4",
         (
             *("_operator", "checks", "footprint", "watchdog", "core", "operations", "integrity", "fused", "encoding"),
-            *("padded", "autograd", "membership", "calls", "buffer"),
+            *("padded", "autograd", "traced", "membership", "calls", "buffer"),
         ),
     ),
-    ("5", ("nn", "diagnostics", "viz", "testing", "deep_ep", "integrations")),
+    ("5", ("overlap", "nn", "diagnostics", "viz", "testing", "deep_ep", "integrations")),
     ("6", ("cli", "__main__")),
 )
 PLACE = {name: (depth, i) for depth, (_, names) in enumerate(LAYERS) for i, name in enumerate(names)}

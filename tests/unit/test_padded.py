@@ -173,3 +173,21 @@ def test_bytes_of_quantised_rows() -> None:
     for operation in range(2):
         assert moved["fp8"][operation] <= 0.53 * moved[None][operation], moved
         assert moved["logfmt10"][operation] <= 0.65 * moved[None][operation], moved
+
+
+def test_one_graph_with_the_whole_step() -> None:
+    """Router, dispatch, grouped GEMM and combine compile without a graph break, and give what they give without."""
+    generator = torch.Generator().manual_seed(0)
+    router, weights = torch.randn(H, E, generator=generator), torch.randn(E, H, H, generator=generator) / 16
+    with make_buffer() as buffer, torch.no_grad():
+
+        def layer(x: Tensor) -> Tensor:
+            scores, idx = torch.softmax(x @ router, 1).topk(K)
+            out = buffer.dispatch(x, idx, scores, layout="padded")
+            return buffer.combine(torch.bmm(out.x, weights), out.handle, bias=x)
+
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # any backend: the graph is what counts
+        for seed in range(4):
+            x = inputs(seed)[0]
+            assert_bitwise(compiled(x), layer(x), f"step {seed}")
+        torch._dynamo.reset()
