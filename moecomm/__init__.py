@@ -15,7 +15,7 @@ from moecomm.errors import (
     StallError,
     UnsupportedError,
 )
-from moecomm.handle import Dispatched, DispatchHandle, PaddedHandle, Pending
+from moecomm.handle import Dispatched, DispatchHandle, Pending
 from moecomm.placement import ExpertPlacement
 from moecomm.quant import QuantSpec
 from moecomm.topology import Topology
@@ -32,7 +32,6 @@ __all__ = [
     "ExpertPlacement",
     "MemoryPlan",
     "MoECommError",
-    "PaddedHandle",
     "PeerLostError",
     "Pending",
     "QuantSpec",

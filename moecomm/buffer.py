@@ -180,13 +180,13 @@ class Buffer:
             topk_weights: (T, K) float32, one weight per choice; None: 1, or those of the handle.
             layout: "expert": one row per choice, grouped by local expert, sorted by (local expert, source rank, token,
                 k). "rank": one row per token and rank, sorted by (source rank, token), with local expert ids beside it.
-                "padded": one row per choice at a fixed place of static (L, W * M, H), for decoding: no counts are
-                exchanged first, nothing has a gradient, and the rows lie in memory of the buffer (see `Dispatched`).
+                "padded": one row per choice at a fixed place of static (L, W * M, H), for decoding: no exchange of
+                counts, no gradient, rows in memory of the buffer (see `Dispatched`).
             align: rows that each expert group is padded to a multiple of, with zeros; at most 256. Negative, on a CPU:
                 each group takes -align rows, of which those behind its own are uninitialised.
             handle: replay the routing of an earlier dispatch (with its layout and align): no planning, no counts.
-            quant: quantise x inside the send: a `QuantSpec`, or "fp8", "int8", "logfmt10"; `out.x` is then the pair
-                (codes, scales). A pair that was passed travels unchanged. No gradient.
+            quant: quantise x inside the send: a `QuantSpec`, or "fp8", "int8", "logfmt10"; `out.x` is then a pair
+                (codes, scales), a pair that was passed travels unchanged. No gradient.
             out: layout "padded": (L, W * M, H) tensor, or pair, that rows are copied to; None: memory of the buffer.
 
         Returns:
@@ -218,9 +218,7 @@ class Buffer:
         quant: QuantSpec | str | None = None,
         out: Any = None,
     ) -> Pending[Dispatched]:
-        """Send as `dispatch` does and return; `.wait()` gives what arrived.
-
-        Waits for counts only; with a handle, or in layout "padded", for nothing.
+        """Send as `dispatch` and return; `.wait()` gives what arrived. Waits for counts, padded or replayed never.
 
         >>> buffer = Buffer(num_experts=2, hidden=1, top_k=1, max_tokens_per_rank=4, dtype=torch.float32)
         >>> pending = buffer.dispatch_async(torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]]))
@@ -251,9 +249,7 @@ class Buffer:
                 stands for several experts, rows are always summed as they are. False: for callers who applied
                 `row_weights` themselves.
             bias: (T, H) in the buffer's dtype or float32, added first.
-            quant: rows travel quantised and are summed as they decode; their error is that of `moecomm.quant`. Layout
-                "padded".
-            out: layout "padded": (T, H) tensor for the sums.
+            quant, out: layout "padded": rows travel in this format (its error: `moecomm.quant`); (T, H) for the sums.
 
         Returns:
             (T, H) in the buffer's dtype.
@@ -292,7 +288,7 @@ class Buffer:
     def combine_input(self, handle: PaddedHandle) -> Tensor:
         """(L, W * M, H) memory of the buffer: rows written there go home without a copy. Layout "padded".
 
-        Write to it after the dispatch of this handle was waited for and before its `combine`, to which it is passed.
+        Write to it between the dispatch of this handle and its `combine`, to which it is passed.
 
         >>> buffer = Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=4, dtype=torch.float32)
         >>> out = buffer.dispatch(torch.tensor([[3.0]]), torch.tensor([[0]]), layout="padded")
@@ -373,9 +369,8 @@ class Buffer:
     def stats(self) -> Stats:
         """Counters since construction: operations, rows and bytes sent, leases and copies, seconds per phase.
 
-        A dict; `.prometheus(rank=0)` gives the same as text. `rows_of_expert`: (L,) int64 rows that arrived for each
-        local expert. `waited_s`: (W,) float64 seconds for which this rank waited for each other, where the
-        transport tells them apart ("symmetric").
+        A dict; `.prometheus(rank=0)` gives the same as text. `rows_of_expert`: (L,) int64 rows that arrived so far;
+        `waited_s`: (W,) float64 time that this rank waited for each other, if the transport tells them apart.
 
         >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).stats()["dispatches"]
         0
