@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, final
@@ -68,22 +69,32 @@ class EPHandle:
 
 
 @final
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Route:
     """The operation behind a handle.
 
-    rank_TK: (T, K) rank at the highest k that goes to it, -1 elsewhere. token_N: (N,) int32 token of each pair at its
-    source. local_NK: (N, K) int32, below 0 where a choice is not here. num_rows: of the tensor that the caller got.
+    lanes: makes rank_TK, tokens: makes token_N, when somebody asks. local_NK: (N, K) int32, below 0 where a choice is
+    not here. num_rows: of the tensor that the caller got.
     """
 
     space: Space
     handle: DispatchHandle
     rank: int
     num_ranks: int
-    rank_TK: Tensor
-    token_N: Tensor
+    lanes: Callable[[], Tensor]
+    tokens: Callable[[], Tensor]
     local_NK: Tensor
     num_rows: int
+
+    @cached_property
+    def rank_TK(self) -> Tensor:
+        """(T, K) rank at the highest k that goes to it, -1 elsewhere."""
+        return self.lanes()
+
+    @cached_property
+    def token_N(self) -> Tensor:
+        """(N,) int32 token of each pair at its source."""
+        return self.tokens()
 
     def received(self) -> Tensor:
         """(R,) int64 tokens that came from each rank."""

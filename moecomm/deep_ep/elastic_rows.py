@@ -16,6 +16,7 @@ from moecomm.deep_ep.elastic_handle import EPHandle, Route, highest_lanes, padde
 from moecomm.deep_ep.parcels import Parcel, at_least, count_experts, experts_of
 from moecomm.deep_ep.refusals import FLOATS, demand, demand_tensor
 from moecomm.deep_ep.wire import Space, Wire, own_weights, per_token, room_for
+from moecomm.plan import first_bad_entry
 
 
 @final
@@ -58,7 +59,9 @@ class ElasticRows:
         counts = count_experts(local, num_local).to(torch.int32)
         padded, starts = padded_sums(counts.tolist(), plan.align)
         num_rows = len(local) if room is None else room
-        route = Route(space, out.handle, self._rank, self._num_ranks, lanes, arrived.origin[:, 0], local, num_rows)
+        route = Route(
+            space, out.handle, self._rank, self._num_ranks, lambda: lanes, lambda: arrived.origin[:, 0], local, num_rows
+        )
         ends = [start + size for start, size in zip(starts, padded, strict=True)]
         handle = _handle(route, plan, counts, padded, ends)
         recv_idx = at_least(local, room).to(idx.dtype, copy=True)
@@ -83,8 +86,14 @@ class ElasticRows:
             most = self._num_ranks * plan.num_max * min(idx.shape[1], num_local) + (plan.align - 1) * num_local
             room = -(-most // plan.align) * plan.align
         rows = at_least(out.x[0], room)
-        tokens = arrived.origin[table.amax(1).long(), 0] if table.numel() else arrived.origin[:0, 0]
-        lanes = highest_lanes(self._ranks(idx, plan.num_experts), self._num_ranks)
+        kept = out.handle.topk_idx  # the caller may write his next routing to idx
+
+        def tokens() -> Tensor:
+            return arrived.origin[table.amax(1).long(), 0] if table.numel() else arrived.origin[:0, 0]
+
+        def lanes() -> Tensor:
+            return highest_lanes(self._ranks(kept, plan.num_experts), self._num_ranks)
+
         route = Route(space, out.handle, self._rank, self._num_ranks, lanes, tokens, table, len(rows))
         counts = out.tokens_per_expert
         padded, starts = padded_sums(counts.tolist(), plan.align)
@@ -162,11 +171,12 @@ class ElasticRows:
         if key not in self._rank_of:
             ranks = ExpertPlacement.uniform(num_experts, self._num_ranks).rank_of_expert
             self._rank_of[key] = torch.tensor([*ranks, -1], dtype=torch.int32, device=idx.device)
-        known = not idx.numel() or (int(idx.min()) >= -1 and int(idx.max()) < num_experts)
-        expected = f"-1 to {num_experts - 1}"
-        demand(
-            known, "topk_idx names no expert", got=f"{idx.min()} to {idx.max()}" if not known else "", expected=expected
-        )
+        idx = idx.contiguous() if idx.dtype.itemsize >= 4 else idx.int()
+        bad = first_bad_entry(idx, num_experts)
+        if bad is not None:
+            where = divmod(bad, idx.shape[1])
+            what, expected = f"topk_idx{list(where)} names no expert", f"-1 to {num_experts - 1}"
+            demand(False, what, got=int(idx[where]), expected=expected)
         return self._rank_of[key][idx.long()]
 
 
