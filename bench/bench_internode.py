@@ -4,7 +4,7 @@
     python bench/bench_internode.py --nodes 2 --top-k 8  # one case
     python bench/bench_internode.py --report             # only rewrite the table and the plot from the results
 
-Each node is a network namespace with two ranks, each link 1 Gbit/s in each direction (`moecomm.testing.namespaces`).
+Each node is a network namespace with two ranks, each link so fast in each direction (`moecomm.testing.namespaces`).
 Paths: "hierarchical"; "flat", the `collective` transport; "baseline", what frameworks do, see `bench/baseline.py`.
 Bytes are read from /sys/class/net before and after every operation. The minimum is one row per (token, node) that must
 cross, computed from the routing. Time is the slowest rank's, from a barrier to the return of the whole call.
@@ -125,6 +125,8 @@ def rows_of(told: dict[str, Any], args: argparse.Namespace, num_nodes: int, top_
     timings = {(timing["path"], timing["operation"]): timing for timing in told["timings"]}
     hidden = {overlap["compute"]: _hidden(overlap) for overlap in told["overlaps"]}
     limit = f", at most {max_nodes} nodes" if max_nodes else ""
+    if args.link_mbit != LINK_MBIT:
+        limit += f", {args.link_mbit} Mbit/s"
     rows = []
     for (path, operation), timing in timings.items():
         carried = np.array([timing["tx_bytes"], timing["rx_bytes"]])
@@ -146,7 +148,7 @@ def rows_of(told: dict[str, Any], args: argparse.Namespace, num_nodes: int, top_
                 experts=args.experts,
                 max_nodes=max_nodes,
                 dtype="bfloat16",
-                link_mbit=LINK_MBIT,
+                link_mbit=args.link_mbit,
                 iterations=len(timing["times_ms"]),
                 p20_ms=round(p20, 2),
                 p50_ms=round(p50, 2),
@@ -154,7 +156,7 @@ def rows_of(told: dict[str, Any], args: argparse.Namespace, num_nodes: int, top_
                 bytes_max=round(carried.max()),
                 minimum_max=int(minimum.max()),
                 bytes_over_minimum=round(float((carried / np.maximum(minimum, 1)).max()), 4),
-                time_over_wire=round(p50 * 1e-3 / (carried.max() * 8 / (LINK_MBIT * 1e6)), 3),
+                time_over_wire=round(p50 * 1e-3 / (carried.max() * 8 / (args.link_mbit * 1e6)), 3),
                 speedup=round(float(np.median(base["times_ms"])) / p50, 2) if base else None,
                 bytes_saved=round(base_bytes / float(carried.max()), 2) if base_bytes else None,
                 hidden_device=hidden.get("device") if is_ours else None,
@@ -205,7 +207,9 @@ def table(rows: Sequence[Row]) -> str:
     ]
     by_path = {(row.case, row.operation, row.path): row for row in rows}
     ours = [row for row in rows if row.path == "hierarchical"]
-    for row in sorted(ours, key=lambda row: (row.nodes, row.max_nodes, row.top_k, OPERATIONS.index(row.operation))):
+    for row in sorted(
+        ours, key=lambda row: (row.nodes, -row.link_mbit, row.max_nodes, row.top_k, OPERATIONS.index(row.operation))
+    ):
         base, flat = (by_path.get((row.case, row.operation, path)) for path in ("baseline", "flat"))
         hidden = [f"{percent:.0f} %" for percent in (row.hidden_device, row.hidden_cpu) if percent is not None]
         cells = [
@@ -222,16 +226,22 @@ def table(rows: Sequence[Row]) -> str:
             ", ".join(hidden),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    shapes = sorted({f"T = {r.tokens}, H = {r.hidden}, E = {r.experts}, {r.dtype}, {r.link_mbit} Mbit/s" for r in rows})
+    shapes = sorted({f"T = {r.tokens}, H = {r.hidden}, E = {r.experts}, {r.dtype}" for r in rows})
     runs = sorted({f"{r.device}; {r.versions}; {r.date[:10]}, commit {r.commit}" for r in rows})
-    return "\n".join([*lines, "", f"{'; '.join(shapes)}; {RANKS_PER_NODE} ranks per node. {'; '.join(runs)}."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{'; '.join(shapes)}; {RANKS_PER_NODE} ranks per node; {LINK_MBIT} Mbit/s unless said. {'; '.join(runs)}.",
+        ]
+    )
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Megabytes and milliseconds over K, one column per operation and number of nodes."""
     from matplotlib import pyplot as plt
 
-    rows = [row for row in rows if not row.max_nodes]
+    rows = [row for row in rows if not row.max_nodes and row.link_mbit == LINK_MBIT]
     columns = sorted({(row.nodes, row.operation) for row in rows}, key=lambda c: (OPERATIONS.index(c[1]), c[0]))
     figure, axes = plt.subplots(
         2, len(columns), figsize=(3.4 * len(columns), 5.6), squeeze=False, sharex=True, layout="constrained"
@@ -278,6 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, help="only this number of nodes")
     parser.add_argument("--top-k", type=int, help="only this K")
+    parser.add_argument("--link-mbit", type=int, default=LINK_MBIT, help="speed of every link in each direction")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--experts", type=int, default=64)
@@ -291,7 +302,7 @@ def main() -> None:
             raise SystemExit(f"no cluster of namespaces here: {reason}")
         for nodes, top_k, max_nodes in CASES:
             if nodes == (args.nodes or nodes) and top_k == (args.top_k or top_k):
-                with Cluster(nodes, rate=f"{LINK_MBIT}mbit") as cluster:
+                with Cluster(nodes, rate=f"{args.link_mbit}mbit") as cluster:
                     rows = run_case(cluster, args, top_k, max_nodes)
                 write(rows, args.out)
                 print(table(rows), flush=True)

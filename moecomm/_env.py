@@ -102,3 +102,8 @@ def rendezvous() -> tuple[str, int, int, int]:
             what, got=repr(numbers), expected="a port, the number of nodes, the number of this node"
         ) from None
     return read("MASTER_ADDR", "127.0.0.1"), port, num_nodes, node
+
+
+def gloo_interfaces() -> list[str]:
+    """The network interfaces that torch's gloo backend is told to use."""
+    return [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -62,6 +63,7 @@ class BufferConfig:
     engine: str = "kernels"
     num_sms: int | None = None
     max_recv_tokens: int | None = None
+    byte_order: str = sys.byteorder  # rows travel as bytes: the other order would be read as other numbers
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden", "top_k", "max_tokens_per_rank", "num_segments", "beside_bytes"):

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _ACCEPTED = "a torch.distributed.ProcessGroup, an mpi4py.MPI.Comm, or None"
 _MAX_PAUSE_S = 0.002
+_GLOO_THREADS = 8  # in a group of our own: blocks on their way at once
 _GRACE_S = 1.0  # what a store that no longer answers gets on top of the deadline
 
 
@@ -227,6 +228,15 @@ def _exchange_of_comm(comm: Any) -> _MpiExchange:
     return exchange
 
 
+def _gloo_options(timeout_s: float) -> Any:
+    """Options as torch would choose them, but for more threads: each of them has one collective on its way."""
+    gloo: Any = dist.ProcessGroupGloo
+    options, names = gloo._Options(), _env.gloo_interfaces()
+    options._devices = [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+    options._timeout, options._threads = timedelta(seconds=timeout_s), _GLOO_THREADS
+    return options
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """Name the ranks that share the experts, and let them agree on things.
@@ -344,7 +354,7 @@ class Group:
         name = self.all_gather_object(secrets.token_hex(8), timeout_s=timeout_s, operation=operation)[0]
         store = dist.PrefixStore(f"moecomm/{name}", self.process_group.get_group_store())
         try:
-            backend = dist.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=timeout_s))
+            backend = dist.ProcessGroupGloo(store, self.rank, self.size, _gloo_options(timeout_s))
         except RuntimeError as error:
             what = "the ranks cannot connect to each other over gloo"
             remedy = "name the network interface that all of them reach in GLOO_SOCKET_IFNAME"

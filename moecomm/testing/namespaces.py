@@ -1,8 +1,8 @@
 """A cluster on one machine: network namespaces joined by a bridge, each playing a node with its own address and speed.
 
-Needs root, iproute2 and util-linux. Every node has network, host name, process ids and /sys of its own, and belongs to
-a process that dies with this one: whatever way this process ends, `kill -9` included, the kernel takes namespaces,
-interfaces and all processes inside away with it. Nothing appears in the network of the machine itself.
+Needs root, iproute2 and util-linux. Every node has network, host name, process ids, /sys and /dev/shm of its own, and
+belongs to a process that dies with this one: whatever way this process ends, `kill -9` included, the kernel takes
+namespaces, interfaces and all processes inside away with it. Nothing appears in the network of the machine itself.
 
 Bytes are counted as the interface sees them: a segment that leaves in one piece (up to 64 KiB) has one header.
 """
@@ -180,6 +180,7 @@ class Cluster:
         for node in range(self.num_nodes):
             self._hold(
                 f"hostname {self.name(node)}; mount -t sysfs sysfs /sys; mount -t tmpfs tmpfs /run;"
+                " mount -t tmpfs tmpfs /dev/shm;"
                 f" printf '127.0.0.1 localhost\\n{hosts}' > /run/hosts; mount --bind /run/hosts /etc/hosts;"
                 " ip link set lo up"
             )

@@ -24,6 +24,7 @@ TRANSPORTS: dict[str, type[Transport]] = {
     cls.name: cls
     for cls in (LocalTransport, SymmetricTransport, HierarchicalTransport, MpiTransport, CollectiveTransport)
 }
+_PATIENCE_S = 8.0  # what a transport between nodes takes after its deadline to find out who is missing
 FLAT: tuple[type[Transport], ...] = (MpiTransport, CollectiveTransport)  # those that may move rows between nodes
 
 
@@ -66,7 +67,9 @@ def build(cls: type[Transport], group: Group, topology: Topology, options: Trans
         for _ in range(2):
             twin = group.duplicate(timeout_s=options.timeout_s)
             made.append(flat(twin, topology, options))
-        made.append(SymmetricTransport(group, topology, replace(options, slot_bytes=0)))
+        # A mate that is late here may wait for another node: it must be the first to give up, and say for whom.
+        patient = replace(options, slot_bytes=0, timeout_s=options.timeout_s + _PATIENCE_S)
+        made.append(SymmetricTransport(group, topology, patient))
         return HierarchicalTransport(group, topology, options, between=made[0], control=made[1], inside=made[2])
     except BaseException:
         for transport in made:

@@ -75,6 +75,7 @@ class Post:
         self.peers = [peer for peer in range(self.size) if peer != rank]
         self.error: Exception | None = None  # of MPI; nothing works here any more
         self.lost: set[int] = set()  # peers whose process has ended, of those on this machine
+        self._dead: set[int] = set()  # peers that others have lost: to send to one may end this process (MPICH, UCX)
         self._processes = processes
         self._boxes: dict[Key, Mailbox] = {}
         self._num_opened: dict[int, int] = defaultdict(int)
@@ -105,7 +106,9 @@ class Post:
 
     def _rest(self) -> bool:
         """Without transports, and when everything has been said, there is nothing to do; True if so."""
-        if self._boxes or (self.error is None and any(peer not in self.lost for peer, *_ in self._sending)):
+        if self._boxes or (
+            self.error is None and any(peer not in self.lost | self._dead for peer, *_ in self._sending)
+        ):
             return False
         PROGRESS.remove(self)
         for fd in self._watched:
@@ -130,7 +133,9 @@ class Post:
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def send(self, peer: int, box: Mailbox, kind: Kind, seq: int, tag: str = "", payload: bytes = b"") -> None:
-        """Send one message; never waits."""
+        """Send one message; never waits. What is for a peer that is gone is thrown away."""
+        if peer in self._dead or peer in self.lost:
+            return
         name = tag.encode()
         data = _HEADER.pack(kind, *box.key, seq, len(name)) + name + payload
         self._sending.append((peer, self._comm.Isend([data, self._mpi.BYTE], peer), data))
@@ -146,6 +151,8 @@ class Post:
         """Tell every peer why this rank gives up, as far as messages still get through."""
         told = {"error": type(error).__name__, "what": error.what, "peers": error.peers, "operation": error.operation}
         with PROGRESS.lock, contextlib.suppress(self._mpi.Exception):
+            if isinstance(error, PeerLostError):  # who has only closed his buffer, or broke off, is not dead
+                self._dead |= set(error.peers) - set(box.byes) - set(box.aborts)
             payload = json.dumps(told).encode()
             self.send_all(box, Kind.ABORT, 0, payloads=dict.fromkeys(self.peers, payload))
 

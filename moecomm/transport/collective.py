@@ -36,6 +36,7 @@ class CollectiveTransport(Transport):
         self.process_group: dist.ProcessGroup = group.process_group
         store = dist.PrefixStore(f"moecomm/collective/{options.buffer_id}", self.process_group.get_group_store())
         self._bulletin = Bulletin(store, group.rank, group.size)
+        self._away = [rank for rank in range(group.size) if not topology.same_node(rank, group.rank)]
         self._seq = 0  # of the next operation
         self.buffer_id = options.buffer_id
         self._seen: dict[int, str] = {}
@@ -68,11 +69,11 @@ class CollectiveTransport(Transport):
 
     def _all_gather(self, blob: np.ndarray, tag: str) -> np.ndarray:
         """(W, len(blob)) the bytes of all ranks."""
-        mine = torch.from_numpy(blob).to(self.device)
-        blobs = mine.new_empty(self.group.size, len(mine))
-        # A list of views, not one tensor: that is the form every backend has.
-        self.finish(dist.all_gather(list(blobs), mine, group=self.process_group, async_op=True), tag, self._seq)
-        return blobs.cpu().numpy()
+        # Straight to every peer: all_gather of gloo goes around a ring, which takes as many steps as there are peers.
+        mine = torch.from_numpy(blob).to(self.device).repeat(self.group.size)
+        blobs = torch.empty_like(mine)
+        self.finish(dist.all_to_all_single(blobs, mine, group=self.process_group, async_op=True), tag, self._seq)
+        return blobs.view(self.group.size, len(blob)).cpu().numpy()
 
     def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
         if not agreed:
@@ -126,7 +127,9 @@ class CollectiveTransport(Transport):
         missing = self._bulletin.call_roll(_ROLL_CALL_S)
         who = f"ranks {missing} do not answer" if missing else "all ranks answer"
         if missing is None:
-            who, missing = "which ranks are missing is not known, as the key-value store does not answer", []
+            who, missing = "which ranks are missing is not known, as the key-value store does not answer", self._away
+            if missing:
+                who = f"the key-value store does not answer, and with it all ranks of other nodes, {missing}"
         if timed_out:
             what = f"gave up after {waited_s:.1f} s: {who}"
             remedy = "look at what those ranks do, or raise timeout_s; go on in a new process group"

@@ -321,4 +321,5 @@ class MpiTransport(Transport):
         raise error from cause
 
     def _where(self, seq: int, tag: str) -> dict[str, Any]:
-        return {"rank": self.group.rank, "operation": tag.split(" ")[0], "seq": seq}
+        number = seq if seq >= 0 else None  # blocks of the hierarchical transport are not counted here
+        return {"rank": self.group.rank, "operation": tag.split(" ")[0], "seq": number}

@@ -24,14 +24,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import moecomm
 from moecomm.errors import UnsupportedError
 from moecomm.testing import CASES, Case, RankPool, random_case
 from moecomm.testing.conformance import ConformanceResult, run_conformance, run_in_turn
+from moecomm.topology import Topology
 from moecomm.transport import TRANSPORTS
 
 ROUNDS = 6
 ARRANGEMENTS = [(1, "local"), *((w, t) for w in (1, 2, 3, 4) for t in ("symmetric", "collective"))]
 TIMEOUT_S = 30.0
+# The node of every rank, for the transport that knows several.
+NODES = {
+    "1x4": (0, 0, 0, 0),
+    "2x2": (0, 0, 1, 1),
+    "4x1": (0, 1, 2, 3),
+    "one_and_three": (0, 1, 1, 1),
+    "in_turn": (0, 1, 0, 1),
+}
 
 
 def run_on_rank(rank: int, transport: str, case: Case, rounds: int) -> list[ConformanceResult]:
@@ -71,6 +81,23 @@ def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, transpo
 @pytest.mark.parametrize("name", ["masked", "ragged_tokens", "uneven_experts"])
 def test_every_layout_by_itself(pool_of: Callable[[int], RankPool], world_size: int, transport: str, name: str) -> None:
     demand(pool_of(world_size).run(run_on_rank, transport, CASES[name], ROUNDS), world_size)
+
+
+def run_on_nodes(rank: int, nodes: tuple[int, ...], case: Case, rounds: int) -> list[ConformanceResult]:
+    on_nodes = functools.partial(moecomm.Buffer, topology=Topology(nodes))
+    with mock.patch.object(moecomm, "Buffer", on_nodes):
+        return run_on_rank(rank, "hierarchical", case, rounds)
+
+
+# Every case on two nodes of two ranks and on one arrangement more, in turn: all of them on all take minutes, and are
+# run by hand with `torchrun ... test_conformance.py --transport hierarchical --nodes 0,1,1,1`.
+OTHERS = [nodes for nodes in NODES if nodes != "2x2"]
+ON_NODES = [pair for i, name in enumerate(CASES) for pair in ((name, "2x2"), (name, OTHERS[i % len(OTHERS)]))]
+
+
+@pytest.mark.parametrize(("name", "nodes"), ON_NODES)
+def test_named_case_on_nodes(pool_of: Callable[[int], RankPool], name: str, nodes: str) -> None:
+    demand(pool_of(4).run(run_on_nodes, NODES[nodes], CASES[name], 1 + (name in ("plain", "masked"))), 4)
 
 
 @pytest.mark.parametrize("transport", ["symmetric", "collective"])
@@ -147,10 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--random", type=int, default=0, metavar="N", help="random cases on top of the named ones")
     parser.add_argument("--seed", type=int, default=0, help="of the first random case")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--nodes", metavar="N,N,...", help="pretend that every rank is on that node")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cases = [CASES[name] for name in options.cases.split(",") if name]
     cases += [random_case(options.seed + i) for i in range(options.random)]
+
+    if options.nodes:
+        nodes = Topology(tuple(int(node) for node in options.nodes.split(",")))
+        mock.patch.object(moecomm, "Buffer", functools.partial(moecomm.Buffer, topology=nodes)).start()
 
     group, rank = _join()
     num_failed = 0

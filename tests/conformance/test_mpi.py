@@ -10,6 +10,7 @@ from moecomm.testing import CASES
 from moecomm.testing.mpi import mpi_missing, run_mpi
 
 SUITE = Path(__file__).with_name("test_conformance.py")
+LARGE = Path(__file__).with_name("_large_payload.py")
 NUM_RANDOM = 4
 
 
@@ -22,3 +23,11 @@ def test_all_cases(world_size: int) -> None:
     assert done.returncode == 0, done.stdout
     said = f"mpi: {len(CASES) + NUM_RANDOM} cases, {world_size} ranks, "
     assert said in done.stdout and " 0 failed" in done.stdout, done.stdout
+
+
+@pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
+def test_mpi_counts_rows_not_bytes() -> None:
+    """So what an operation sends is limited to 2^31 rows. With 2100 of these rows (2.2 GB) it was run by hand."""
+    done = run_mpi(["-m", "mpi4py", str(LARGE), "5"], 2, timeout_s=100)
+    assert done.returncode == 0 and f"{5 << 20} bytes arrived" in done.stdout, done.stdout
+    assert f"5 items of {1 << 20} bytes were sent" in done.stdout, done.stdout
