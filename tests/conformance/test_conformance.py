@@ -83,10 +83,10 @@ def test_every_layout_by_itself(pool_of: Callable[[int], RankPool], world_size: 
     demand(pool_of(world_size).run(run_on_rank, transport, CASES[name], ROUNDS), world_size)
 
 
-def run_on_nodes(rank: int, nodes: tuple[int, ...], case: Case, rounds: int) -> list[ConformanceResult]:
+def run_on_nodes(rank: int, nodes: tuple[int, ...], case: Case) -> list[ConformanceResult]:
     on_nodes = functools.partial(moecomm.Buffer, topology=Topology(nodes))
     with mock.patch.object(moecomm, "Buffer", on_nodes):
-        return run_on_rank(rank, "hierarchical", case, rounds)
+        return run_in_turn_on_rank(rank, "hierarchical", case)
 
 
 # Every case on two nodes of two ranks and on one arrangement more, in turn: all of them on all take minutes, and are
@@ -97,7 +97,7 @@ ON_NODES = [pair for i, name in enumerate(CASES) for pair in ((name, "2x2"), (na
 
 @pytest.mark.parametrize(("name", "nodes"), ON_NODES)
 def test_named_case_on_nodes(pool_of: Callable[[int], RankPool], name: str, nodes: str) -> None:
-    demand(pool_of(4).run(run_on_nodes, NODES[nodes], CASES[name], 1 + (name in ("plain", "masked"))), 4)
+    demand(pool_of(4).run(run_on_nodes, NODES[nodes], CASES[name]), 4, 1)
 
 
 @pytest.mark.parametrize("transport", ["symmetric", "collective"])
