@@ -47,7 +47,6 @@ def pairs(args: argparse.Namespace, tokens: int) -> dict[str, tuple[Call, Call]]
     }
     native, source = moecomm.Buffer(**shape), moecomm.Buffer(**shape, reduce="source")
     by_rank = native.dispatch(x, idx, weights, layout="rank")
-    by_expert = native.dispatch(x, idx, weights)
     alone = source.dispatch(x, idx, weights)
 
     buffer: Any = deep_ep.Buffer(dist.group.WORLD)
@@ -64,13 +63,7 @@ def pairs(args: argparse.Namespace, tokens: int) -> dict[str, tuple[Call, Call]]
 
     known = layout()
     recv, _, _, _, handle, _ = buffer.dispatch(x, **known)
-    elastic: Any = deep_ep.ElasticBuffer(
-        dist.group.WORLD, num_max_tokens_per_rank=tokens, hidden=args.hidden, num_topk=args.top_k
-    )
-    usual = {"num_experts": args.experts}
-    compact = elastic.dispatch(x, idx, weights, **usual)
-    expanded = elastic.dispatch(x, idx, weights, do_expand=True, **usual)
-    assert torch.equal(recv, by_rank.x) and torch.equal(compact[0], by_rank.x) and torch.equal(expanded[0], by_expert.x)
+    assert torch.equal(recv, by_rank.x)
     made: dict[str, tuple[Call, Call]] = {
         "normal dispatch": (
             lambda: native.dispatch(x, idx, weights, layout="rank"),
@@ -85,23 +78,8 @@ def pairs(args: argparse.Namespace, tokens: int) -> dict[str, tuple[Call, Call]]
             lambda: native.dispatch(x, handle=by_rank.handle),
             lambda: buffer.dispatch(x, handle=handle),
         ),
-        "elastic dispatch": (
-            lambda: native.dispatch(x, idx, weights, layout="rank"),
-            lambda: elastic.dispatch(x, idx, weights, **usual),
-        ),
-        "elastic combine": (
-            lambda: native.combine(by_rank.x, by_rank.handle),
-            lambda: elastic.combine(compact[0], compact[3]),
-        ),
-        "expanded dispatch": (
-            lambda: native.dispatch(x, idx, weights),
-            lambda: elastic.dispatch(x, idx, weights, do_expand=True, **usual),
-        ),
-        "expanded combine": (
-            lambda: native.combine(by_expert.x, by_expert.handle, weighted=False),
-            lambda: elastic.combine(expanded[0], expanded[3]),
-        ),
     }
+    made |= elastic_pairs(args, native, (x, idx, weights))
     if tokens <= args.most_low_latency:
         few = x, idx, tokens, args.experts
         slots, _, ll_handle, _, _ = buffer.low_latency_dispatch(*few, use_fp8=False)
@@ -114,6 +92,38 @@ def pairs(args: argparse.Namespace, tokens: int) -> dict[str, tuple[Call, Call]]
             lambda: buffer.low_latency_combine(slots, idx, weights, ll_handle),
         )
     return made
+
+
+def elastic_pairs(
+    args: argparse.Namespace, native: moecomm.Buffer, given: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, tuple[Call, Call]]:
+    """Those of `ElasticBuffer`."""
+    by_rank, by_expert = native.dispatch(*given, layout="rank"), native.dispatch(*given)
+    elastic: Any = deep_ep.ElasticBuffer(
+        dist.group.WORLD, num_max_tokens_per_rank=len(given[0]), hidden=args.hidden, num_topk=args.top_k
+    )
+    usual = {"num_experts": args.experts}
+    compact = elastic.dispatch(*given, **usual)
+    expanded = elastic.dispatch(*given, do_expand=True, **usual)
+    assert torch.equal(compact[0], by_rank.x) and torch.equal(expanded[0], by_expert.x)
+    return {
+        "elastic dispatch": (
+            lambda: native.dispatch(*given, layout="rank"),
+            lambda: elastic.dispatch(*given, **usual),
+        ),
+        "elastic combine": (
+            lambda: native.combine(by_rank.x, by_rank.handle),
+            lambda: elastic.combine(compact[0], compact[3]),
+        ),
+        "expanded dispatch": (
+            lambda: native.dispatch(*given),
+            lambda: elastic.dispatch(*given, do_expand=True, **usual),
+        ),
+        "expanded combine": (
+            lambda: native.combine(by_expert.x, by_expert.handle, weighted=False),
+            lambda: elastic.combine(expanded[0], expanded[3]),
+        ),
+    }
 
 
 def measure(calls: tuple[Call, Call], repeats: int, warmup: int) -> list[Tensor]:
