@@ -13,6 +13,7 @@ DEMO_LAYER_ARGS ?=
 DEMO_TRAIN_ARGS ?= --ep $(DEMO_RANKS) --steps 100
 BENCH_RANKS ?= 4
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -22,7 +23,7 @@ STAMP := $(VENV)/.moecomm-$(EXTRAS)
 TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check docs format bench kernel-report gpu-check wheel clean
+.PHONY: help setup demo test check docs format bench kernel-report gpu-check wheel soak clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +68,9 @@ gpu-check: $(STAMP)  ## the tests and benchmarks that need a GPU
 	@reason=$$($(PY) -c "import torch; print('' if torch.cuda.is_available() else 'torch ' + torch.__version__ + ' sees no CUDA or ROCm device')"); \
 	if [ -n "$$reason" ]; then echo "no GPU: skipped, because $$reason"; \
 	else $(PY) -m pytest -m gpu $(ARGS) && $(PY) bench/bench_kernels.py; fi
+
+soak: $(STAMP)  ## random cases, kills and stalls for 10 minutes; SOAK_ARGS="--minutes 60" for longer
+	$(PY) -m tests.faults.soak $(SOAK_ARGS)
 
 wheel: $(STAMP)  ## build dist/moecomm-*.whl
 	$(PIP) wheel --quiet --no-deps --no-build-isolation -w dist .

@@ -69,8 +69,10 @@ class BufferConfig:
         for name in ("num_experts", "hidden", "top_k", "max_tokens_per_rank", "num_segments", "beside_bytes"):
             value = getattr(self, name)
             least = {"num_segments": 2, "beside_bytes": 0}.get(name, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise self._refusal(f"{name} is no count", repr(value), f"an integer of at least {least}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+                is_large = isinstance(value, int) and value > least
+                expected = "one below 2**31" if is_large else f"an integer of at least {least}"
+                raise self._refusal(f"{name} is no count", repr(value), expected)
         if not isinstance(self.dtype, torch.dtype):
             raise self._refusal("dtype is no torch dtype", repr(self.dtype), "one such as torch.bfloat16")
         if not isinstance(self.transport, str):

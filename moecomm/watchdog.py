@@ -17,6 +17,7 @@ from moecomm.transport.base import Transport
 
 _reported: list[socket.socket] = []  # names that are taken for as long as this process lives
 _LONGEST_STACK = 12
+_MOST_KEPT = 4  # long after a report nobody else is about to print one
 
 
 def announce(transport: Transport, error: MoECommError) -> None:
@@ -62,6 +63,8 @@ def _stack() -> list[str]:
 
 def _is_first(transport: Transport) -> bool:
     """Take a name that only one process of a host can have; it goes with the process."""
+    if not transport.is_first_report():
+        return False
     identity = transport.buffer_id
     if identity is None or not hasattr(socket, "AF_UNIX") or sys.platform != "linux":
         return True
@@ -72,4 +75,6 @@ def _is_first(transport: Transport) -> bool:
         sock.close()
         return False
     _reported.append(sock)
-    return transport.is_first_report()
+    while len(_reported) > _MOST_KEPT:
+        _reported.pop(0).close()
+    return True

@@ -8,6 +8,7 @@ and vanish with the process. A stranger is refused (`handshake.py`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -330,7 +331,8 @@ class Channel:
                 raise connect_error(self.group, self.timeout_s, peer, error) from error
             self.descriptors.update((peer, fd) for fd in fds)
             if not fds:
-                raise connect_error(self.group, self.timeout_s, peer, ConnectionResetError())
+                full = OSError(errno.EMFILE, "too many open files") if hello else ConnectionResetError()
+                raise connect_error(self.group, self.timeout_s, peer, full)
             self._first_tickets[peer] = _HEADER.unpack(hello)[2]
             sock.setblocking(False)
             self._rank_of_fd[sock.fileno()] = peer

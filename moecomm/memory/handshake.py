@@ -9,6 +9,7 @@ Bytes are compared and numbers are read: nothing that comes through a socket is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import select
@@ -18,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moecomm.errors import MoECommError, PeerLostError, StallError, rank_names
+from moecomm.errors import CapacityError, MoECommError, PeerLostError, StallError, rank_names
 from moecomm.group import Group
 
 _POLL_S = 0.2
@@ -45,18 +46,28 @@ def meet(group: Group, peers: Sequence[int], timeout_s: float) -> dict[int, sock
                         raise connect_error(group, timeout_s, peer, error) from error
             _Doorkeeper(listener, key, set(peers), found).admit_all(group, deadline, timeout_s)
         return found
-    except BaseException:
+    except BaseException as error:
         for sock in found.values():
             sock.close()
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise no_descriptors(group.rank, error) from error
         raise
 
 
 def connect_error(group: Group, timeout_s: float, peer: int, cause: OSError) -> MoECommError:
     """What to raise when a peer cannot be spoken to."""
+    if cause.errno in (errno.EMFILE, errno.ENFILE):
+        return no_descriptors(group.rank, cause)
     where: dict[str, Any] = {"rank": group.rank, "operation": "connect", "peers": [peer]}
     if isinstance(cause, (TimeoutError, BlockingIOError)):
         return StallError(f"rank {peer} did not answer within {timeout_s:.1f} s", **where)
     return PeerLostError(f"rank {peer} is gone (its process ended or closed the connection)", **where)
+
+
+def no_descriptors(rank: int, cause: OSError) -> CapacityError:
+    """What to raise when this process may open no more files."""
+    what, expected = "no descriptors are left to connect to the other ranks", "2 for each rank of this host"
+    return CapacityError(what, got=str(cause), expected=expected, remedy="raise `ulimit -n`", rank=rank)
 
 
 class _Doorkeeper:

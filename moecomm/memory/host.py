@@ -48,7 +48,11 @@ class HostMemory:
     @staticmethod
     def create(nbytes: int) -> int:
         """A new sealed memfd of that size; the caller closes it once everybody has mapped it."""
-        fd = os.memfd_create("moecomm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            fd = os.memfd_create("moecomm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            what, remedy = "cannot make shared memory", "raise `ulimit -n` if there are no descriptors left"
+            raise CapacityError(what, got=str(error), remedy=remedy) from error
         try:
             os.fchmod(fd, 0o600)  # a memfd is born open to everybody who finds a way to it
             os.ftruncate(fd, nbytes)

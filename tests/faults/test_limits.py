@@ -1,0 +1,50 @@
+"""Little address space, few descriptors: a clear error on every rank, and nothing is left of the attempt."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+
+import pytest
+
+import moecomm
+from tests.faults._ranks import Nursery, World, results_of
+from tests.faults._scenes import build, catch
+
+
+def little_space() -> None:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
+
+
+def few_descriptors(more: int) -> Callable[[], None]:
+    def limit() -> None:
+        used = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, used + more))
+
+    return limit
+
+
+LIMITS: dict[str, Callable[[], None]] = {
+    "address space": little_space,
+    **{f"{more} descriptors": few_descriptors(more) for more in range(1, 4)},
+}
+
+
+def be_limited(world: World, limit: str) -> tuple[str, str]:
+    """Rank 1 may have little; the others hear of it."""
+    moecomm.Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1, transport="symmetric").close()
+    if world.rank == 1:
+        LIMITS[limit]()
+    caught = catch(lambda: build("symmetric", hidden=4096, max_tokens_per_rank=4096, timeout_s=10.0))
+    return type(caught.error).__name__, caught.text
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_limits_are_clear_errors(nursery: Nursery, limit: str) -> None:
+    told = results_of(nursery.run(be_limited, 2, limit))
+    kind, text = told[1]
+    assert kind == "CapacityError" and ("ulimit" in text or "descriptors" in text), text
+    assert told[0][0] in ("PeerLostError", "StallError") and "rank" in told[0][1], told[0]
