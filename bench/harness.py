@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import sys
@@ -139,6 +140,9 @@ def main(benchmark: Benchmark, parser: argparse.ArgumentParser, argv: Sequence[s
     except (moecomm.MoECommError, AssertionError, _Terminated) as error:
         _give_up(parser.prog, args, rank, kept, f"rank {rank}: {type(error).__name__}: {error}")
     except Exception as error:  # anything may come out of a collective whose peer has died
+        if isinstance(error, RuntimeError) and re.search(r"[Cc]onnection (reset|closed|refused)", str(error)):
+            text = f"rank {rank}: another rank is gone; look for the first one that failed, and why"
+            _give_up(parser.prog, args, rank, kept, text)
         traceback.print_exc()
         _give_up(parser.prog, args, rank, kept, f"rank {rank} failed: {error}")
     return 0
