@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from moecomm import topology
+from moecomm.checks import BufferConfig, agree, configure
 from moecomm.errors import ConfigError
 from moecomm.group import Group
 from moecomm.topology import Topology, memory_key
@@ -151,3 +155,14 @@ def test_ranks_per_node_must_be_a_count(monkeypatch: pytest.MonkeyPatch, text: s
         ConfigError, match=rf"MOECOMM_RANKS_PER_NODE is no rank count: got '{text}'; expected a positive"
     ):
         Topology.detect(Group.resolve())
+
+
+def test_ranks_of_another_byte_order_are_refused() -> None:
+    arguments = {"num_experts": 2, "hidden": 4, "top_k": 1, "max_tokens_per_rank": 8, "dtype": torch.float32}
+    options = {"transport": "mpi", "placement": None, "reduce": "rank", "timeout_s": 1.0, "num_segments": 2}
+    here = configure(0, 2, **arguments, **options, device="cpu")
+    assert isinstance(here, BufferConfig) and here.byte_order == sys.byteorder
+    agree(here, [here, here], 0)
+    there = replace(here, byte_order="big" if sys.byteorder == "little" else "little")
+    with pytest.raises(ConfigError, match=r"byte_order: little on ranks \[0\], big on ranks \[1\]"):
+        agree(here, [here, there], 0)
