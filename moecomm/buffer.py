@@ -249,7 +249,8 @@ class Buffer:
                 stands for several experts, rows are always summed as they are. False: for callers who applied
                 `row_weights` themselves.
             bias: (T, H) in the buffer's dtype or float32, added first.
-            quant, out: layout "padded": rows travel in this format (its error: `moecomm.quant`); (T, H) for the sums.
+            quant: layout "padded": rows travel in this format (its error: `moecomm.quant`).
+            out: layout "padded": (T, H) tensor for the sums.
 
         Returns:
             (T, H) in the buffer's dtype.
