@@ -44,7 +44,8 @@ class Protocol:
     without having waited for them. programs: of every kernel. one_by_one: programs run one after another, in any order.
     fine: one step per peer instead of one for all peers. equal: wait for exactly the number instead of at least it.
     early: the first program to arrive signals, not the last. relaxed: signals without release and acquire. fused: one
-    kernel sends and waits. lazy: signal, and wait for, only ranks that rows go to or come from. sends: who has rows for
+    kernel sends and waits. lazy: signal, and wait for, only ranks that rows go to or come from. odd_one: a rank and the
+    operation in which it does something else than the others. blind: tags are not compared. sends: who has rows for
     whom.
     """
 
@@ -60,6 +61,8 @@ class Protocol:
     relaxed: bool = False
     fused: bool = False
     lazy: bool = False
+    odd_one: tuple[int, int] = (-1, -1)
+    blind: bool = False
     sends: Callable[[int, int, int], bool] = everybody
 
     def __str__(self) -> str:
@@ -163,6 +166,9 @@ class Model:
         elif name == "signal":
             state = self.signal(state, r, q, n)
         elif name == "poll":
+            if not self.protocol.blind and self.another_tag(state, r, n):  # note it, send no more
+                stopped = bytes([len(self.kernels)] + [0] * (width - 1))
+                return state._replace(ranks=state.ranks[: r * width] + stopped + state.ranks[(r + 1) * width :])
             if not self.all_signalled(state, r, n):
                 return None
             state = self.acquire(state, r, n)
@@ -212,6 +218,15 @@ class Model:
                 return False
         return True
 
+    def tag(self, rank: int, operation: int) -> bool:
+        """What a rank's operation is: one of two things."""
+        return self.protocol.odd_one == (rank, operation)
+
+    def another_tag(self, state: State, r: int, n: int) -> bool:
+        """Whether a rank stands at operation n, with another tag than rank r."""
+        seen = state.signals[r * self.protocol.world : (r + 1) * self.protocol.world]
+        return any(at == n and self.tag(source, n) != self.tag(r, n) for source, at in enumerate(seen))
+
     def acquire(self, state: State, r: int, n: int) -> State:
         """See what the signals of all ranks released: rows for rank r, and that its own rows were read."""
         for source in range(self.protocol.world):
@@ -238,6 +253,8 @@ class Model:
                 continue
             place = self.place(r, source, n, i)
             was, stage = divmod(data[place], 8)
+            if self.tag(source, n) != self.tag(r, n):
+                raise Fault(f"rank {r} takes operation {n} of rank {source} for another one")
             if was != n or stage != THERE:
                 raise Fault(f"rank {r} reads operation {n} of rank {source} and finds {was} in stage {stage}")
             data[place] = n * 8 + READ

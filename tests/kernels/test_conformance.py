@@ -82,7 +82,6 @@ def test_named_case(
     [
         (2, "duplicate_expert", {"engine": "copy"}),
         (2, "quantised_pair", {"engine": "copy", "num_sms": 1}),
-        (4, "rank_without_experts", {"engine": "copy"}),
     ],
 )
 def test_copy_engines_and_budgets_change_nothing(

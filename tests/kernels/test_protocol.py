@@ -18,6 +18,9 @@ from tests.kernels.protocol import Protocol, downhill, explore
         Protocol(world=3, operations=4),
         Protocol(world=3, one_by_one=True, operations=5),
         Protocol(world=3, sends=downhill),
+        # A rank that does something else: everybody stops, nobody reads its rows.
+        Protocol(world=2, odd_one=(1, 3), fine=True, operations=5),
+        Protocol(world=3, odd_one=(1, 2), operations=4),
         Protocol(world=2, ahead=2, generations=4, operations=7),
         Protocol(world=3, ahead=2, generations=4, programs=1, operations=5),
     ],
@@ -45,6 +48,8 @@ def test_nothing_is_lost_overwritten_or_stuck(protocol: Protocol) -> None:
         (Protocol(world=2, relaxed=True), "in stage 1"),
         # A kernel that sends and waits hangs where its programs run one after another.
         (Protocol(world=2, fused=True, one_by_one=True), "deadlock"),
+        # Without tags the rows of another operation are taken for those of this one.
+        (Protocol(world=2, odd_one=(1, 3), blind=True), "rank 0 takes operation 3 of rank 1 for another one"),
         # Signals are the only thing that holds a sender back: ranks without rows must send and await them too.
         (Protocol(world=2, lazy=True, sends=downhill), "is overwritten"),
     ],
