@@ -5,7 +5,7 @@
     python bench/suite.py --dry-run      # print the commands
 
 Results go to `bench/results/`: `dispatch_combine` (the table of the README), `scaling` (a large model over tokens),
-`tiny` (over tokens, ranks, transports and skews), `moe_layer`, `memory.txt`.
+`tiny` (over tokens, ranks, transports and skews), `decode` (layout "padded"), `moe_layer`, `memory.txt`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
 TIMES, LAYER, MEMORY = "bench_dispatch_combine.py", "bench_moe_layer.py", "bench_memory.py"
+DECODE = "bench_decode.py"
 SHAPE = "--hidden 7168 --experts 64 --top-k 8"
 # (launcher, ranks, script, name of the results, options)
 RUNS: list[tuple[str, int, str, str, str]] = [
@@ -39,6 +40,8 @@ RUNS: list[tuple[str, int, str, str, str]] = [
     ("python", 1, TIMES, "tiny", "--preset tiny --tokens 128"),
     ("torchrun", 2, TIMES, "tiny", "--preset tiny --tokens 128 --skew zipf:1,ratio:2,hot:1"),
     ("mpiexec", 2, TIMES, "tiny_mpi", "--preset tiny --tokens 16,128,1024 --transport auto,mpi"),
+    ("torchrun", 2, DECODE, "decode", "--repeats 20"),
+    ("torchrun", 4, DECODE, "decode", "--repeats 12"),
     ("torchrun", 2, LAYER, "moe_layer", "--preset tiny --tokens 128,1024"),
     ("torchrun", 4, LAYER, "moe_layer", "--preset tiny --tokens 128"),
     ("torchrun", 4, MEMORY, "memory.txt", "--tokens 256 --hidden 1024 --experts 64 --top-k 8 --iterations 1000"),

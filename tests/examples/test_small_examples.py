@@ -36,6 +36,17 @@ def test_overlap_on_two_ranks() -> None:
     assert "2 ranks over symmetric" in done.stdout and "both give the same bits" in done.stdout
 
 
+def test_decoding_in_turns(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    shape = ["--hidden", "64", "--experts", "4", "--top-k", "2", "--tokens", "4", "--layers", "2"]
+    command = [*launch, str(ROOT / "examples/decode_overlap.py"), *shape, "--out", str(tmp_path / "turns")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert "of communication hidden (rank 0)" in done.stdout and (tmp_path / "turns.png").stat().st_size > 1000
+    events = json.loads((tmp_path / "turns.json").read_text())["traceEvents"]
+    assert {event["cat"] for event in events} == {"compute", "wait", "travel"}
+
+
 def test_profiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--tokens", "16", "--rounds", "2", "--out", str(tmp_path)]
     assert call("profiling.py", *options, monkeypatch=monkeypatch) == 0

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moecomm
+from moecomm.quant import error_bound
 from moecomm.testing import assert_bitwise
 
 T, H, K, E, M = 5, 256, 2, 4, 8
@@ -173,6 +174,26 @@ def test_bytes_of_quantised_rows() -> None:
     for operation in range(2):
         assert moved["fp8"][operation] <= 0.53 * moved[None][operation], moved
         assert moved["logfmt10"][operation] <= 0.65 * moved[None][operation], moved
+
+
+@pytest.mark.parametrize("quant", ["fp8", "logfmt10", "int8"])
+def test_error_of_a_quantised_combine(quant: str) -> None:
+    """Within the sum of the bounds of the rows, each times its weight, and one rounding; on heavy-tailed rows."""
+    with make_buffer(hidden=384) as buffer:
+        x, idx, weights = torch.ones(T, 384), *inputs()[1:]
+        out = buffer.dispatch(x, idx, weights, layout="padded")
+        generator = torch.Generator().manual_seed(1)
+        tails = torch.empty(E, M, 384).exponential_(generator=generator)
+        rows = torch.randn(E, M, 384, generator=generator) / tails.sqrt()
+        y = buffer.combine(rows, out.handle, quant=quant)
+        at = out.handle.places.long()
+        mine = rows.flatten(0, 1)[at].double()  # (T, K, 384)
+        exact = (mine * weights.double()[..., None]).sum(1)
+        bounds = error_bound(rows.flatten(0, 1)[at], quant) * weights.double()[..., None].abs()
+        slack = 2.0**-20 * (mine.abs() * weights.double()[..., None].abs()).sum(1)
+        error = (y.double() - exact).abs()
+        assert (error <= bounds.sum(1) + slack).all(), (error / bounds.sum(1)).max()
+        assert error.max() > 0.05 * bounds.sum(1).max(), "the bound says nothing"
 
 
 def test_one_graph_with_the_whole_step() -> None:
