@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import final
 
@@ -229,7 +230,7 @@ class SlotMover(Mover):
 
 def _row_bytes(kind: tuple[torch.dtype, tuple[int, ...]]) -> int:
     dtype, shape = kind
-    return dtype.itemsize * int(np.prod(shape))
+    return dtype.itemsize * math.prod(shape)
 
 
 def _aligned(num_bytes: int) -> int:
