@@ -16,7 +16,8 @@ from tests.faults._scenes import build, catch
 def little_space() -> None:
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
+    limit = used + (1 << 30)  # enough for threads to start, which the interpreter would else wait for in vain
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def few_descriptors(more: int) -> Callable[[], None]:
