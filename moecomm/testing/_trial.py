@@ -193,7 +193,7 @@ class Trial:
         before = mine.clone()
         if self.layout == "rank" and weighted:
             call = self.buffer.combine
-            self.checks.refused(lambda: call(mine, sent.out.handle, weighted=True), UnsupportedError, what)
+            self.checks.refused(lambda: call(self._on(mine), sent.out.handle, weighted=True), UnsupportedError, what)
             weighted = None
         handle = sent.out.handle if variant % 4 else pytree.tree_map(lambda t: t.clone(), sent.out.handle)
         start = None if bias is None else self._on(bias.clone())

@@ -16,6 +16,7 @@ from typing import Any
 import moecomm
 from moecomm.errors import MoECommError, UnsupportedError
 from moecomm.group import Group
+from moecomm.memory.device import moves_by_kernels
 from moecomm.testing._padded_trial import PaddedTrial
 from moecomm.testing._trial import Checks, Sent, Trial
 from moecomm.testing.cases import Case
@@ -61,7 +62,8 @@ def run_conformance(
     handle with another payload, combine of the handle before last while the newer one lives, combine with and without
     weights and bias, all gradients. One rank is late each time. Inputs lie inside poisoned memory that must stay as it
     is, padding rows come back poisoned and must not matter, results are kept and must not change later. Layout "padded"
-    has rounds of its own: every way to quantise, the older of two live handles, overwritten ones refused.
+    has rounds of its own: every way to quantise, the older of two live handles, overwritten ones refused. Where kernels
+    move rows it must be refused.
 
     Args:
         group: what `moecomm.Buffer` takes.
@@ -194,10 +196,11 @@ def _run(case: Case, combination: Sequence[tuple[str, moecomm.Buffer]], rounds: 
     trials = []
     for layout, buffer in combination:
         trial = Trial(case, buffer, layout, buffer.config.reduce, checks)
-        if layout == "padded":
-            PaddedTrial(trial, checks).run(rounds)
-        elif layout == "rank" and trial.reduce == "source":
+        by_kernels = buffer.transport == "symmetric" and moves_by_kernels(buffer.config.device)
+        if (layout, trial.reduce) == ("rank", "source") or (layout == "padded" and by_kernels):
             _refuse(trial, buffer, checks)
+        elif layout == "padded":
+            PaddedTrial(trial, checks).run(rounds)
         else:
             trials.append(trial)
     earlier: tuple[Trial, Sent] | None = None
@@ -216,5 +219,6 @@ def _run(case: Case, combination: Sequence[tuple[str, moecomm.Buffer]], rounds: 
 
 def _refuse(trial: Trial, buffer: moecomm.Buffer, checks: Checks) -> None:
     sheet = trial.sheet(0)
-    x, idx = sheet.xs[trial.rank], sheet.topk_idxs[trial.rank]
-    checks.refused(lambda: buffer.dispatch(x, idx, layout="rank"), UnsupportedError, 'layout "rank", reduce "source"')
+    x, idx = (tensors[trial.rank].to(trial.device) for tensors in (sheet.xs, sheet.topk_idxs))
+    what = f'layout "{trial.layout}", reduce "{trial.reduce}"'
+    checks.refused(lambda: buffer.dispatch(x, idx, layout=trial.layout), UnsupportedError, what)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moecomm.placement import ExpertPlacement
 from moecomm.testing.asserts import assert_bitwise
-from tests.kernels.checks.worlds import DEVICE, World
+from tests.kernels.checks.worlds import DEVICE, World, on_device
 
 WORLD, MAX_TOKENS, TOP_K = 3, 6, 3
 ROWS = {
@@ -36,24 +36,22 @@ def home() -> tuple[Tensor, Tensor, Tensor]:
 def images(rows: Tensor, weights: Tensor | None, each: bool, max_programs: int | None = None) -> None:
     world = World(ExpertPlacement.uniform(6, WORLD), TOP_K, MAX_TOKENS, 2 * rows.shape[1] * 4, source_sums=each)
     world.memory[:, :-256].fill_(0x5A)
-    before = world.memory.clone()
+    before = world.on_host()
     table, places, tokens = home()
     arguments = rows, table, weights, places, tokens, world.links[1]
     push_reduced(*arguments, wire=world.wire, each=each, max_programs=max_programs)
     got = world.memory.clone()
-    assert world.links[1].state.tolist() == [1, 0] and not torch.equal(got, before)
-    if DEVICE == "cpu":
-        world.memory.copy_(before)
-        world.links[1].state.zero_()
-        push_reduced_ref(*arguments, wire=world.wire, each=each)
-        assert_bitwise(got, world.memory, "memory of all ranks")
+    assert world.links[1].state.tolist() == [1, 0] and not torch.equal(got.cpu(), before.memory)
+    arguments = *(None if given is None else given.cpu() for given in arguments[:-1]), before.links[1]
+    push_reduced_ref(*arguments, wire=world.wire, each=each)
+    assert_bitwise(got, before.memory, "memory of all ranks")
 
 
 @pytest.mark.parametrize("mode", ["none", "by_row", "by_entry", "each"])
 @pytest.mark.parametrize("name", list(ROWS))
 def test_push_reduced_against_reference(name: str, mode: str) -> None:
     weights = {"by_row": torch.randn(20, device=DEVICE), "by_entry": torch.randn(6, TOP_K, device=DEVICE)}.get(mode)
-    images(ROWS[name].to(DEVICE), weights, mode == "each")
+    images(on_device(ROWS[name]), weights, mode == "each")
 
 
 @pytest.mark.parametrize("max_programs", [1, 2, 9])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from moecomm.placement import ExpertPlacement
 from moecomm.testing.asserts import assert_bitwise
-from tests.kernels.checks.worlds import DEVICE, World
+from tests.kernels.checks.worlds import DEVICE, World, on_device
 
 POISON = 0x5A
 
@@ -33,21 +34,20 @@ def routed(num_tokens: int, world_size: int = 3, top_k: int = 3, row_bytes: int 
 
 
 def images(
-    operation: Callable[..., None], reference: Callable[..., None], x: Tensor, num_tokens: int, **options: object
+    operation: Callable[..., None], reference: Callable[..., None], x: Tensor, num_tokens: int, **options: Any
 ) -> None:
     """Run kernel and reference from the same poisoned memory and compare every byte, twice (both generations)."""
     row_bytes = 4 * x.shape[1] + 512
     world, sent = routed(num_tokens, row_bytes=row_bytes)
     for round in range(2):
-        before, state = world.memory.clone(), world.links[1].state.clone()
+        before = world.on_host()
         operation(x, sent, world.links[1], wire=world.wire, **options)
         got = world.memory.clone()
         assert world.links[1].state.tolist() == [round + 1, 0]
-        if DEVICE == "cpu":
-            world.memory.copy_(before)
-            world.links[1].state.copy_(state)
-            reference(x, sent, world.links[1], wire=world.wire, **options)
-            assert_bitwise(got, world.memory, f"memory of all ranks, round {round}")
+        scales = options.get("scales")
+        given = options if scales is None else options | {"scales": scales.cpu()}
+        reference(x.cpu(), SendLayout(*(table.cpu() for table in sent)), before.links[1], wire=world.wire, **given)
+        assert_bitwise(got, before.memory, f"memory of all ranks, round {round}")
 
 
 ROWS = {
@@ -68,7 +68,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", list(ROWS))
 def test_push_against_reference(name: str) -> None:
-    x = ROWS[name].to(DEVICE)
+    x = on_device(ROWS[name])
     images(push, push_ref, x, x.shape[0])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from moecomm.kernels.push import push
 from moecomm.kernels.receive import Received, receive, receive_ref
-from moecomm.kernels.rows import Arriving, RowFormat
+from moecomm.kernels.rows import RowFormat
 from moecomm.kernels.wire import LATE, ROWS_NEEDED, STALLED
 from torch import Tensor
 
@@ -32,8 +32,8 @@ def pushed(rows: Tensor, scales: Tensor | None = None, silent: tuple[int, ...] =
 
 
 def both(world: World, form: RowFormat, rank: int, **options: object) -> tuple[Received, Received]:
-    arriving = Arriving(world.links[rank], world.wire, form)
-    return tuple(f(arriving, experts=world.experts(rank), **options) for f in (receive, receive_ref))
+    worlds = (receive, world), (receive_ref, world.on_host())
+    return tuple(f(w.arriving(rank, form), experts=world.experts(rank), **options) for f, w in worlds)
 
 
 def compare(got: Received, wanted: Received) -> None:

@@ -181,10 +181,14 @@ def test_from_the_wire() -> None:
     assert_bitwise(got, wanted, "gradient of the rows")
     assert (got[9:] == 0).all()
     assert_bitwise(reduce_grad_weights(by_place, rows, table), reduce_grad_weights(grad, rows, table), "weights")
-    if DEVICE == "cpu":
-        assert_bitwise(reduce_ref(come, table_of(4, 2, 5)), reduce(x, table_of(4, 2, 5)), "reference from the wire")
-        from_reference = reduce_grad_rows_ref(by_place, table, weights, groups, num_rows=12, align=4)
-        assert_bitwise(got, from_reference, "gradient of the rows, against the reference from the wire")
+    there = world.on_host()
+    come, by_place = (arriving._replace(link=there.links[0]) for arriving in (come, by_place))
+    by_place = by_place._replace(wire_row=places.cpu())
+    named = table_of(4, 2, 5)
+    assert_bitwise(reduce_ref(come, named.cpu()), reduce(x, named), "reference from the wire")
+    on_host = table.cpu(), weights.cpu(), groups.cpu()
+    from_reference = reduce_grad_rows_ref(by_place, *on_host, num_rows=12, align=4)
+    assert_bitwise(got, from_reference, "gradient of the rows, against the reference from the wire")
     world.check_status()
 
 

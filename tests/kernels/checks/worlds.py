@@ -5,6 +5,7 @@ The checks run in Triton's interpreter on the CPU, or on a GPU when the interpre
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -77,6 +78,21 @@ class World:
         """Rows that are arriving at a rank."""
         return Arriving(self.links[rank], self.wire, form, wire_row)
 
+    def on_host(self) -> World:
+        """The world as it is now in CPU memory, which is what references read and write."""
+        world = copy.copy(self)
+        world.memory = self.memory.to("cpu", copy=True)
+        moved = [to.data_ptr() - at.data_ptr() for at, to in zip(self.memory, world.memory, strict=True)]
+        world.links = [
+            link._replace(
+                peers=link.peers.cpu() + torch.tensor(moved),
+                state=link.state.to("cpu", copy=True),
+                status=link.status.to("cpu", copy=True),
+            )
+            for link in self.links
+        ]
+        return world
+
     def check_status(self) -> None:
         """Demand that no kernel noted a problem."""
         for link in self.links:
@@ -122,6 +138,12 @@ def dispatch_and_combine(case: Case, world: World, round: int, layout_name: str 
         compare_dispatch(got[rank], expected[rank], f"{case.name}, W {len(ranks)}, round {round}, rank {rank}")
     if layout_name == "expert":
         combine_and_compare(case, world, round, sent, got, expected)
+
+
+def on_device(tensor: Tensor) -> Tensor:
+    """A tensor on the device, with its offset and its gaps in memory."""
+    memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return memory.to(DEVICE).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def given(values: Sequence[Tensor | None]) -> list[Tensor] | None:
