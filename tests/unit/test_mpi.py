@@ -317,7 +317,7 @@ def staged(comm: Any) -> None:
     mpi.Slots = functools.partial(mpi.Slots, chunk_bytes=100, num_slots=2)  # type: ignore[misc,assignment]
     cases = ("plain", "empty_rank", "all_to_one", "tiny_hidden", "ragged_tokens", "quantised_pair", "all_empty")
     results = run_conformance(comm, "mpi", [CASES[name] for name in cases], rounds=3)
-    assert len(results) == 4 * len(cases)
+    assert len(results) == 5 * len(cases)
     for result in results:
         assert result.ok, result.message
     assert device.most_at_once == 4, "two slots in each direction, all in use"
