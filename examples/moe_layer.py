@@ -100,7 +100,7 @@ def joined_group(args: argparse.Namespace) -> Iterator[tuple[object | None, torc
     if (by_mpi or not launched) if args.transport == "mpi" else (by_mpi and not launched):
         world, local_rank, ranks_here = mpi_world()
     if args.device == "cuda" or (args.device == "auto" and torch.cuda.device_count() >= ranks_here):
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

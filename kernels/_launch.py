@@ -48,10 +48,13 @@ def on_multiprocessors(count: int | None) -> Iterator[None]:
         _budget.reset(before)
 
 
-def num_programs(work: int, like: Tensor, limit: int | None = None, *, warps: int = 4, columns: int = 1) -> int:
+def num_programs(
+    work: int, like: Tensor, limit: int | None = None, *, warps: int = 4, columns: int = 1, queued: bool = False
+) -> int:
     """Programs for `work` independent pieces: from 1 to as many as fit on the multiprocessors, or to `limit`.
 
-    warps: of a program. columns: of the grid, programs that work on the same pieces.
+    warps: of a program. columns: of the grid, programs that work on the same pieces. queued: whether there is a program
+    per piece where all multiprocessors may be used, so that whichever is free takes the next.
 
     >>> num_programs(100, torch.zeros(0), limit=8), num_programs(3, torch.zeros(0), limit=8)
     (8, 3)
@@ -65,6 +68,8 @@ def num_programs(work: int, like: Tensor, limit: int | None = None, *, warps: in
             device = torch.cuda.get_device_properties(like.device)
             threads, warp_size = device.max_threads_per_multi_processor, device.warp_size
             count = min(count or device.multi_processor_count, device.multi_processor_count)
+            if queued and count == device.multi_processor_count:
+                return max(1, work)
         most = min(_MOST_PER_SM, threads // (warps * warp_size))
         limit = _INTERPRETED_PROGRAMS if count is None else count * most // columns
     return max(1, min(work, limit))

@@ -157,7 +157,7 @@ def permute(
     num_pairs, warps = table.shape[0], warps_for(row.block * row.word_bytes)
     launch(
         _permute_kernel,
-        (num_programs(max(num_pairs, local * (align - 1)), table, max_programs, warps=warps),),
+        (num_programs(max(num_pairs, local * (align - 1)), table, max_programs, warps=warps, queued=True),),
         *(as_words(out, row), scales, source, table, wire_row, groups, link, num_pairs, align, num_rows),
         num_warps=warps,
         WIRE=wire,
@@ -239,7 +239,7 @@ def unpermute(rows: Tensor, index: Tensor, *, max_programs: int | None = None) -
     if out.numel():
         row = row_geometry(RowFormat(rows.shape[1], rows.dtype), rows, out)
         warps = warps_for(row.block * row.word_bytes)
-        grid = (num_programs(index.shape[0], rows, max_programs, warps=warps),)
+        grid = (num_programs(index.shape[0], rows, max_programs, warps=warps, queued=True),)
         words = as_words(out, row), as_words(rows, row)
         launch(_unpermute_kernel, grid, *words, index, index.shape[0], num_warps=warps, ROW=row)
     return out

@@ -118,7 +118,7 @@ def push(
     meta, counts = (None, None) if replay else (sent.meta, sent.counts)
     tables = sent.pair_row, meta, counts
     warps = warps_for(row.block * row.word_bytes)
-    grid = (num_programs(x.shape[0], x, max_programs, warps=warps),)
+    grid = (num_programs(x.shape[0], x, max_programs, warps=warps, queued=_sends_many(wire)),)
     launch(_push_kernel, grid, as_words(x, row), scales, *tables, link, x.shape[0], num_warps=warps, WIRE=wire, ROW=row)
 
 
@@ -238,7 +238,7 @@ def push_quantized(
     warps = max(1, at_once // 8)
     launch(
         _push_quantized_kernel,
-        (num_programs(x.shape[0], x, max_programs, warps=warps),),
+        (num_programs(x.shape[0], x, max_programs, warps=warps, queued=_sends_many(wire)),),
         *(x, sent.pair_row, meta, counts, link, x.shape[0]),
         num_warps=warps,
         WIRE=wire,
@@ -265,6 +265,11 @@ def push_quantized_ref(
     """`push_quantized` in plain torch; all ranks' buffers must be CPU memory of this process."""
     codes, scales = quantize_ref(x, power_of_two=power_of_two)
     push_ref(codes, sent, link, wire=wire, scales=scales, replay=replay)
+
+
+def _sends_many(wire: Wire) -> bool:
+    """Whether a row is written often enough to pay for the arrival of a program of its own."""
+    return min(wire.top_k, wire.world) >= 4
 
 
 def _checked(x: Tensor, scales: Tensor | None, sent: SendLayout, wire: Wire) -> tuple[Tensor, Tensor | None, RowFormat]:

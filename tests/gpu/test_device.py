@@ -1,7 +1,4 @@
-"""What needs a GPU: kernels against references on it, ranks that share one, graphs, streams. One GPU is enough.
-
-None of this has run yet: it was written where there is no GPU.
-"""
+"""What needs a GPU: kernels against references on it, ranks that share one, graphs, streams. One GPU is enough."""
 
 from __future__ import annotations
 
@@ -155,6 +152,15 @@ def test_an_async_operation_leaves_the_host_free() -> None:
 def test_tensors_elsewhere_are_refused_by_name(call: Callable[..., Any]) -> None:
     with build() as buffer, pytest.raises(moecomm.MoECommError, match=r"is in the wrong place.*on cpu.*cuda"):
         call(buffer, *inputs(0))
+
+
+def test_programs_queue_only_where_all_multiprocessors_may_be_used() -> None:
+    from moecomm.kernels._launch import num_programs, on_multiprocessors
+
+    like, most = torch.zeros(1, device="cuda"), torch.cuda.get_device_properties(0).max_threads_per_multi_processor
+    assert num_programs(10**6, like, warps=8, queued=True) == 10**6
+    with on_multiprocessors(2):
+        assert num_programs(10**6, like, warps=8, queued=True) == 2 * most // 256
 
 
 def test_ids_out_of_range() -> None:
