@@ -13,7 +13,6 @@ import atexit
 import contextlib
 import gc
 import importlib
-import itertools
 import os
 import pickle
 import signal
@@ -33,7 +32,8 @@ CAN_FORK = sys.platform == "linux"  # elsewhere system libraries do not stand a 
 _READY = b"ready"
 _MAX_WARM = 4  # the one that was used least recently ends
 # Imported in the warm process if whoever starts it has them: functions of a test module need pytest, and so on.
-_OPTIONAL = ("pytest", "hypothesis", "triton")
+_OPTIONAL = ("pytest", "hypothesis", "triton", "moecomm.testing.conformance")
+_WARM_CASES = ("plain", "float16_payload", "float32_payload", "quantised_pair")
 
 
 class Process(Protocol):
@@ -250,15 +250,22 @@ def _warm_up(modules: list[str]) -> None:
     """Import what ranks need; where torch has no device that it might touch, compile the loops that move rows, too."""
     import torch
 
-    for name in ("torch.distributed", "moecomm.testing._worker", "moecomm.testing.conformance", *modules):
+    for name in ("torch.distributed", "moecomm.testing._worker", *modules):
         importlib.import_module(name)
     torch.set_num_threads(1)
-    if torch.version.cuda is None and torch.version.hip is None:
-        for dtype, reduce in itertools.product((torch.float32, torch.bfloat16), ("rank", "source")):
-            _train(dtype, reduce)
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        return
+    if "moecomm.testing.conformance" not in modules:  # a program that starts a few ranks once
+        _train(torch.bfloat16)
+        return
+    from moecomm.testing.cases import CASES
+    from moecomm.testing.conformance import run_in_turn
+
+    # In every dtype of a sum, with and without gradients: what is compiled and imported here is there in all ranks.
+    run_in_turn(None, "local", [CASES[name] for name in _WARM_CASES], rounds=3)
 
 
-def _train(dtype: Any, reduce: str) -> None:
+def _train(dtype: Any) -> None:
     """One step on one rank."""
     import torch
 
@@ -266,7 +273,7 @@ def _train(dtype: Any, reduce: str) -> None:
 
     x, weights = torch.ones(4, 8, dtype=dtype, requires_grad=True), torch.ones(4, 2, requires_grad=True)
     with moecomm.Buffer(
-        num_experts=2, hidden=8, top_k=2, max_tokens_per_rank=4, dtype=dtype, transport="local", reduce=reduce
+        num_experts=2, hidden=8, top_k=2, max_tokens_per_rank=4, dtype=dtype, transport="local"
     ) as buffer:
         out: Any = buffer.dispatch(x, torch.zeros(4, 2).long(), weights)
         buffer.combine(out.x, out.handle, bias=x.detach()).sum().backward()
