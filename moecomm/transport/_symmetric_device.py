@@ -62,6 +62,7 @@ class KernelTransport(Transport):
         self._stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self._reader = torch.cuda.Stream(self.device) if on_gpu else None
         self._teller = torch.cuda.Stream(self.device) if on_gpu else None
+        self._one = torch.ones(1, dtype=torch.int64, pin_memory=on_gpu)
         self._num_polls = self._num_reads = 0
         self._watch = Watch(group, self.timeout_s, self._note_end)
 
@@ -220,9 +221,10 @@ class KernelTransport(Transport):
         if self._teller is None:
             word.fill_(1)
             return
-        with torch.cuda.stream(self._teller):  # by a copy engine: kernels that wait may occupy the whole GPU
-            word.copy_(torch.ones(1, dtype=torch.int64).pin_memory(), non_blocking=True)
-            self._teller.synchronize()
+        # By a copy engine, for kernels that wait may occupy the whole GPU. It allocates nothing and waits for nothing:
+        # while another thread captures a CUDA graph either would be an error, and would break the capture.
+        with torch.cuda.stream(self._teller):
+            word.copy_(self._one, non_blocking=True)
 
     def _stall(self, what: str, operation: str, late: Sequence[int]) -> NoReturn:
         remedy, rank = "look at what those ranks do, or raise timeout_s", self.group.rank
@@ -251,6 +253,8 @@ class KernelTransport(Transport):
         if hasattr(self, "_watch"):
             self.synchronize()  # ends: kernels wait for so many polls only
             self._watch.close()
+            if self._teller is not None:
+                self._teller.synchronize()
             del self._watch, self._memory, self._counts, self._signals, self.copies, self.link
 
     def stats(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import moecomm
-from moecomm.errors import RoutingError, UnsupportedError
+from moecomm.errors import PeerLostError, RoutingError, StallError, UnsupportedError
 from moecomm.testing import CASES, assert_bitwise, run_ranks
 from moecomm.testing.conformance import run_conformance
 
@@ -102,6 +103,50 @@ def captured_step(rank: int) -> int:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_static_operations_in_a_captured_graph(world_size: int) -> None:
     assert run_ranks(captured_step, world_size, env=SHARED, timeout_s=600.0) == list(range(world_size))
+
+
+def stalled(rank: int) -> tuple[str, float]:
+    """Rank 1 is late in the second dispatch: what rank 0 is told, and after how many seconds."""
+    torch.cuda.set_device(0)
+    with build(max_recv_tokens=ROOM, timeout_s=2.0) as buffer:
+        buffer.dispatch(*inputs(rank))
+        buffer.synchronize()
+        torch.distributed.barrier()
+        if rank == 1:
+            time.sleep(15.0)
+            return "", 0.0
+        start = time.monotonic()
+        with pytest.raises(StallError) as caught:
+            buffer.dispatch(*inputs(rank))
+            buffer.synchronize()
+        assert caught.value.peers == (1,)
+        return str(caught.value), time.monotonic() - start
+
+
+def test_a_kernel_that_waits_gives_up_and_names_the_late_rank() -> None:
+    (message, waited), _ = run_ranks(stalled, 2, env=SHARED, timeout_s=120.0)
+    print(f"gave up after {waited:.2f} s, asked for 2 s")
+    assert "rank 1" in message and 0.02 < waited < 14.0
+
+
+def left_alone(rank: int) -> str:
+    torch.cuda.set_device(0)
+    with build(max_recv_tokens=ROOM, timeout_s=60.0) as buffer:
+        buffer.dispatch(*inputs(rank))
+        buffer.synchronize()
+        torch.distributed.barrier()
+        if rank == 1:
+            return ""
+        start = time.monotonic()
+        with pytest.raises(PeerLostError) as caught:
+            buffer.dispatch(*inputs(rank))
+            buffer.synchronize()
+        assert time.monotonic() - start < 30.0, "the kernel went on waiting"
+        return str(caught.value)
+
+
+def test_a_kernel_that_waits_stops_when_its_peer_ends() -> None:
+    assert "rank 1" in run_ranks(left_alone, 2, env=SHARED, timeout_s=120.0)[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_recv_tokens": ROOM}, {"engine": "copy"}], ids=str)
