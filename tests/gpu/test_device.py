@@ -126,7 +126,7 @@ def stalled(rank: int) -> tuple[str, float]:
 def test_a_kernel_that_waits_gives_up_and_names_the_late_rank() -> None:
     (message, waited), _ = run_ranks(stalled, 2, env=SHARED, timeout_s=120.0)
     print(f"gave up after {waited:.2f} s, asked for 2 s")
-    assert "rank 1" in message and 0.02 < waited < 14.0
+    assert "rank 1" in message and 1.5 < waited < 14.0
 
 
 def left_alone(rank: int) -> str:
