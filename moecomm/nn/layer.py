@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moecomm import Buffer, ConfigError
+from moecomm import Buffer, ConfigError, DispatchHandle
+from moecomm.memory.device import moves_by_kernels
 
 __all__ = [
     "GroupedExperts",
@@ -368,12 +369,21 @@ class MoELayer(nn.Module):
         out = self.buffer.dispatch(x.reshape(-1, config.hidden), topk_idx, topk_weights, align=self.align)
         rows = self.experts(out.x, out.expert_offsets)
         y_TH = self.buffer.combine(rows, out.handle)
-        flat_counts = out.handle.expert_counts.sum(0)  # in the order of ranks and their local ids
-        self.expert_counts = torch.empty_like(flat_counts).index_copy_(
-            0, torch.tensor(config.placement.flat_experts, device="cpu"), flat_counts
-        )
+        self.expert_counts = self._choices_of_all(topk_idx, out.handle)
         self.aux_loss = load_balancing_loss(probs, self.expert_counts)
         return y_TH.view(x.shape)
+
+    def _choices_of_all(self, topk_idx: Tensor, handle: DispatchHandle) -> Tensor:
+        """(E,) int64 choices of all ranks, on the host, by global id."""
+        config, group = self.buffer.config, self.buffer.group
+        if self.buffer.transport == "symmetric" and moves_by_kernels(config.device):  # the handle knows this rank's
+            named = topk_idx.detach()[topk_idx >= 0].cpu()
+            own = torch.bincount(named, minlength=config.num_experts)
+            told = group.all_gather_object(own, timeout_s=config.timeout_s, operation="MoELayer")
+            return torch.stack(told).sum(0)
+        flat_counts = handle.expert_counts.sum(0)  # in the order of ranks and their local ids
+        flat_experts = torch.tensor(config.placement.flat_experts, device="cpu")
+        return torch.empty_like(flat_counts).index_copy_(0, flat_experts, flat_counts)
 
 
 class _ContiguousGrad(torch.autograd.Function):

@@ -56,6 +56,19 @@ def run_on_rank(
     )
 
 
+def choices_of_a_layer(rank: int) -> tuple[list[int], list[int]]:
+    from moecomm.nn import MoELayer
+
+    prepare()
+    shape = {"num_experts": 4, "hidden": 8, "top_k": 2, "max_tokens_per_rank": 5, "dtype": torch.float32}
+    with moecomm.Buffer(**shape, transport="symmetric", timeout_s=DEADLINE_S) as buffer:
+        layer, x = MoELayer(buffer, intermediate=4), torch.randn(5, 8, generator=torch.Generator().manual_seed(rank))
+        layer(x)
+        own = torch.bincount(layer.router(x).topk_idx.flatten(), minlength=4)
+        assert layer.expert_counts is not None
+        return own.tolist(), layer.expert_counts.tolist()
+
+
 @pytest.fixture(scope="module")
 def pool_of() -> Iterator[Callable[[int], RankPool]]:
     """Pools by size, started when first asked for and kept."""
@@ -63,6 +76,14 @@ def pool_of() -> Iterator[Callable[[int], RankPool]]:
         yield functools.cache(
             lambda world_size: stack.enter_context(RankPool(world_size, env=INTERPRETED, timeout_s=DEADLINE_S))
         )
+
+
+@pytest.mark.timeout(DEADLINE_S + 30)
+def test_a_layer_knows_the_choices_of_all_ranks(pool_of: Callable[[int], RankPool]) -> None:
+    """Which the handle of kernels does not: a rank has the counts of what it sends or receives."""
+    results = pool_of(4).run(choices_of_a_layer)
+    total = [sum(counts) for counts in zip(*(own for own, _ in results), strict=True)]
+    assert [known for _, known in results] == [total] * 4
 
 
 @pytest.mark.timeout(DEADLINE_S + 30)
