@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,13 @@ def choices_of_a_layer(rank: int) -> tuple[list[int], list[int]]:
     from moecomm.nn import MoELayer
 
     prepare()
-    shape = {"num_experts": 4, "hidden": 8, "top_k": 2, "max_tokens_per_rank": 5, "dtype": torch.float32}
+    shape: dict[str, Any] = {
+        "num_experts": 4,
+        "hidden": 8,
+        "top_k": 2,
+        "max_tokens_per_rank": 5,
+        "dtype": torch.float32,
+    }
     with moecomm.Buffer(**shape, transport="symmetric", timeout_s=DEADLINE_S) as buffer:
         layer, x = MoELayer(buffer, intermediate=4), torch.randn(5, 8, generator=torch.Generator().manual_seed(rank))
         layer(x)
