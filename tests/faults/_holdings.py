@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,14 @@ def belongings() -> Counter[str]:
 def more(before: Counter[str], after: Counter[str]) -> dict[str, int]:
     """What there is more of than before. (Gloo closes a spare connection whenever it likes.)"""
     return dict(after - before)
+
+
+def settled(before: Counter[str], patience_s: float = 20.0) -> dict[str, int]:
+    """What there is more of than before, and stays: a thread that was told to end is gone a little later."""
+    deadline = time.monotonic() + patience_s
+    while (found := more(before, belongings())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
 
 
 def resident_bytes() -> int:
