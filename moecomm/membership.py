@@ -131,7 +131,8 @@ class Rest:
 
     def arguments(self, config: BufferConfig, transport: str) -> dict[str, Any]:
         """Those of the buffer, but for what changed."""
-        given = {f.name: getattr(config, f.name) for f in fields(config)} | {"topology": None, "transport": transport}
+        names = {f.name for f in fields(config)} - {"byte_order"}  # which the machine gives, not the caller
+        given = {name: getattr(config, name) for name in names} | {"topology": None, "transport": transport}
         return given | {"num_experts": self.placement.num_experts, "placement": self.placement}
 
 
