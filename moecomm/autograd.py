@@ -416,12 +416,11 @@ def replayed(
     return _arrange(rows, None if scales is None else scales_out, offsets, per_expert, handle)
 
 
-def combined(rows: Tensor, weighted: bool, bias: Tensor | None, handle: DispatchHandle, started: int) -> Tensor:
-    """Run (or finish) a combine."""
-    row_weights = handle.row_weights if weighted else None
-    if nobody_watches(rows, row_weights, bias):
+def combined(rows: Tensor, home: Homecoming, handle: DispatchHandle, started: int) -> Tensor:
+    """Run (or finish) a combine of rows, those of `home`."""
+    row_weights, bias = handle.row_weights if home.weighted else None, home.bias
+    if home.quant is not None or nobody_watches(rows, row_weights, bias):
         core = core_of(handle.buffer_id)
-        home = Homecoming(rows=rows, weighted=weighted, bias=bias)
         return _run(core, started, lambda: start_combine(core, home, handle))[0]
     args = (rows, row_weights, bias, handle.tensors(), handle.buffer_id, handle.layout, handle.align, started)
     return torch.ops.moecomm.combine(*args)

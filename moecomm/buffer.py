@@ -249,7 +249,7 @@ class Buffer:
                 stands for several experts, rows are always summed as they are. False: for callers who applied
                 `row_weights` themselves.
             bias: (T, H) in the buffer's dtype or float32, added first.
-            quant: layout "padded": rows travel in this format (its error: `moecomm.quant`).
+            quant: layout "padded", or "expert" with reduce="source": rows travel in this format (see `moecomm.quant`).
             out: layout "padded": (T, H) tensor for the sums.
 
         Returns:

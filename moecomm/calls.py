@@ -13,7 +13,7 @@ from torch import Tensor
 from moecomm import autograd
 from moecomm.checks import Checker
 from moecomm.core import Core
-from moecomm.encoding import arranged, encoded, only_padded, spec_of
+from moecomm.encoding import arranged, encoded, home_spec, only_padded, refuse_tracing_or_gradient, spec_of
 from moecomm.handle import Dispatched, PaddedHandle, Pending
 from moecomm.membership import Survivors
 from moecomm.operations import Homecoming, start_combine, start_dispatch, start_replay
@@ -75,13 +75,16 @@ class Calls:
         if isinstance(handle, PaddedHandle):
             return self.padded.combine(rows, handle, weighted, bias, quant, out)
         self._core.check_usable()
-        only_padded(self._check, out=out, quant=quant)
+        only_padded(self._check, out=out)
         use_weights = self._check.combine(rows, handle, weighted, bias)
+        spec = None if quant is None else home_spec(quant, self._core, self._check, handle.layout)
         rows, bias = _packed(rows), None if bias is None else _packed(bias)
-        wait = wait or not autograd.can_start(rows, bias)
-        home = Homecoming(rows=rows, weighted=use_weights, bias=bias)
-        started = -1 if wait else self._start(start_combine, home, handle)
-        return self._pending(started, lambda: autograd.combined(rows, use_weights, bias, handle, started))
+        can_start = autograd.can_start(rows, bias)
+        if spec is not None:
+            refuse_tracing_or_gradient(self._check, can_start, rows, bias, handle.row_weights if use_weights else None)
+        home = Homecoming(rows=rows, weighted=use_weights, bias=bias, quant=spec)
+        started = -1 if wait or not can_start else self._start(start_combine, home, handle)
+        return self._pending(started, lambda: autograd.combined(rows, home, handle, started))
 
     def _start(self, start: Any, *args: Any) -> int:
         """Start an operation now; the number under which its autograd operator will find it."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moecomm.checks import FLOAT_DTYPES, Checker
+from moecomm.core import Core
 from moecomm.errors import ConfigError, UnsupportedError
 from moecomm.handle import Dispatched
 from moecomm.quant import QuantSpec, by_columns, quantize
@@ -51,6 +52,25 @@ def only_padded(check: Checker, **given: Any) -> None:
         if value is not None:
             what, remedy = f'{name} is for layout "padded" here', f"leave {name} away, or dispatch in that layout"
             raise check.error(UnsupportedError, what, got=f"a {type(value).__name__}", expected="None", remedy=remedy)
+
+
+def home_spec(quant: Any, core: Core, check: Checker, layout: str) -> QuantSpec | None:
+    """What `quant` of a combine asks for; refused where rows are summed before they go home."""
+    by_entry = layout == "expert" and core.reduce == "source" and core.fused is None
+    if not by_entry:
+        what = "quant is for rows that go home one by one"
+        got = f"layout {layout!r}, reduce={core.reduce!r}" + ("" if core.fused is None else ", rows moved by kernels")
+        expected = 'layout "padded", or "expert" with reduce="source" where no kernels move rows'
+        raise check.error(UnsupportedError, what, got=got, expected=expected, remedy="leave quant away")
+    return spec_of(quant, check)
+
+
+def refuse_tracing_or_gradient(check: Checker, can_start: bool, *tensors: Tensor | None) -> None:
+    """Refuse quantised rows where something would want to look inside."""
+    if not can_start:
+        what, remedy = "quantised rows cannot be traced", "leave quant away, or run this outside of torch.compile"
+        raise check.error(UnsupportedError, what, got="a traced combine", expected="plain tensors", remedy=remedy)
+    refuse_gradient("quantised rows have no gradient", check, *(t for t in tensors if t is not None))
 
 
 def arranged(out: Dispatched, spec: QuantSpec | None) -> Dispatched:

@@ -68,8 +68,10 @@ def memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
     entries = num_ranks * tokens * top_k
     tables = num_ranks * tokens * (2 * 4 * top_k + tags)
     out_bytes = (entries + most_local * (MAX_ALIGN - 1)) * entry_bytes + tables
-    home_entries = tokens * (top_k if config.reduce == "source" else min(top_k, num_ranks))
-    home_bytes = home_entries * (config.row_bytes + tags) + tokens * top_k * (4 * top_k + tags)
+    by_entry = config.reduce == "source"
+    home_entries, home_row = tokens * (top_k if by_entry else min(top_k, num_ranks)), config.row_bytes
+    home_row = _widest_row_bytes(config) if by_entry else home_row  # may be quantised, which pays for wide rows only
+    home_bytes = home_entries * (home_row + tags) + tokens * top_k * (4 * top_k + tags)
     segment = -(-(max(out_bytes, home_bytes) + _PAGE_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
     uniform = tokens * top_k * entry_bytes + tables // num_ranks
     mail = mail_bytes(num_ranks, count_bytes(config, num_ranks))
@@ -81,8 +83,12 @@ def memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
 def slot_bytes(config: BufferConfig, num_ranks: int) -> int:
     """One area of slots: a row with what travels beside it for every expert, rank and token."""
     rows = max(config.placement.experts_per_rank) * num_ranks * config.max_tokens_per_rank
-    row = max(config.row_bytes, *(QuantSpec.of(name).row_bytes(config.hidden) for name in FORMATS))
-    return -(-(rows * row + SLOT_ALIGN_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
+    return -(-(rows * _widest_row_bytes(config) + SLOT_ALIGN_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _widest_row_bytes(config: BufferConfig) -> int:
+    """Bytes of a row as it is, or quantised."""
+    return max(config.row_bytes, *(QuantSpec.of(name).row_bytes(config.hidden) for name in FORMATS))
 
 
 def count_bytes(config: BufferConfig, num_ranks: int) -> int:

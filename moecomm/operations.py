@@ -21,6 +21,7 @@ from torch import Tensor
 from moecomm.core import Core
 from moecomm.handle import DispatchHandle
 from moecomm.plan import Counts, SendPlan, merge_keys, node_places, plan_send, settle
+from moecomm.quant import QuantSpec, dequantize, quantize
 from moecomm.rows import can_scatter, empty_rows, reduce_rows, scatter_rows, scatter_sums
 from moecomm.transport.base import Exchange, Lane, Merge, as_bytes
 
@@ -164,13 +165,16 @@ def out_lane(route: Route, row_bytes: int, *, repeats: bool = False) -> Lane:
     )
 
 
-def home_parcel(core: Core, route: Route, rows: Tensor) -> Parcel:
-    """One row per entry (layout "expert") or pair (layout "rank") on its way home, sorted by where it was."""
+def home_parcel(core: Core, route: Route, rows: Tensor, *, packed: bool = False) -> Parcel:
+    """One row per entry (layout "expert") or pair (layout "rank") on its way home, sorted by where it was.
+
+    packed: the rows are those that arrived, in that order.
+    """
     lane = contiguous_lane(route.moved_WW.T, core.rank, row_bytes_of(rows))
     if route.slots_S is None:
         return Parcel(lane, rows, homes=route.pair_tokens_Q)
     homes = None if core.integrity is None else route.order_S // route.top_k
-    return Parcel(lane, rows, _on(rows.device, route.counts.recv_slots()), homes=homes)
+    return Parcel(lane, rows, None if packed else _on(rows.device, route.counts.recv_slots()), homes=homes)
 
 
 def row_bytes_of(rows: Tensor) -> int:
@@ -339,12 +343,14 @@ class Homecoming:
 
     rows: (N, H) rows to sum, None to lead home `carried` only. weighted: multiply them by the handle's weights.
     bias: (T, H) added at the source. carried: (N,) or (N, K) float32 values beside the rows, not summed.
+    quant: how rows travel where each goes home by itself; None: as they are.
     """
 
     rows: Tensor | None
     weighted: bool = False
     bias: Tensor | None = None
     carried: Tensor | None = None
+    quant: QuantSpec | None = None
 
 
 def start_combine(
@@ -363,6 +369,9 @@ def start_combine(
         weights = handle.row_weights if home.weighted else None
         table, weights = (handle.recv_table, weights) if handle.layout == "expert" else (None, None)
         parcels = [Parcel(lane, rows, table_PK=table, weights_N=weights, homes=route.pair_tokens_Q)]
+    elif rows is not None and home.quant is not None:
+        arrived = _on(rows.device, route.counts.recv_slots())
+        parcels = [home_parcel(core, route, part, packed=True) for part in quantize(rows[arrived], home.quant)]
     elif rows is not None:
         parcels = [home_parcel(core, route, rows)]
     if home.carried is not None:
@@ -370,6 +379,7 @@ def start_combine(
         parcels.append(home_parcel(core, route, carried))
     carries = f"{'' if rows is None else 'rows'}{'' if home.carried is None else '+weights'}"
     tag = f"combine layout={handle.layout} top_k={route.top_k} weighted={home.weighted} carries={carries}"
+    tag += "" if home.quant is None else f" quant={home.quant.format}"
     tag += f" {routing_tag(handle)}"
     exchange = send(core, tag, parcels)
     core.counters["combines"] += 1
@@ -398,7 +408,7 @@ def finish_home(
             by_entry = handle.layout == "expert" and core.reduce == "source"
             table = handle.send_pos if by_entry else home_table(core, handle)
             weights = handle.topk_weights if by_entry and home.weighted else None
-            reduce_rows(summed, arrived[0].view(home.rows.dtype), table, weights, home.bias)
+            reduce_rows(summed, _came_home(arrived, home, summed.shape[1]), table, weights, home.bias)
         if home.carried is not None:
             carried = torch.zeros(handle.topk_idx.shape, dtype=torch.float32, device=home.carried.device)
             came = arrived[-1].view(torch.float32)
@@ -409,3 +419,12 @@ def finish_home(
                 carried.index_add_(0, route.pair_tokens_Q, came.masked_fill(~here_QK, 0))
         exchange.release()
     return summed, carried
+
+
+def _came_home(arrived: Sequence[Tensor], home: Homecoming, hidden: int) -> Tensor:
+    """The rows that came, decoded."""
+    assert home.rows is not None
+    if home.quant is None:
+        return arrived[0].view(home.rows.dtype)
+    codes, scales = arrived[0].view(home.quant.code_dtype), arrived[1].view(home.quant.scale_dtype)
+    return dequantize(codes, scales, torch.float32, hidden)

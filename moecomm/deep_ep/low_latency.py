@@ -5,104 +5,27 @@ Legend: T tokens, H hidden, K top-k, E experts, R ranks, L experts of this rank,
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, final
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moecomm import Dispatched, DispatchHandle
+from moecomm import Dispatched, Pending
+from moecomm.deep_ep.crew import Crew
 from moecomm.deep_ep.events import EventOverlap, finished
 from moecomm.deep_ep.parcels import experts_of
 from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_tensor, unsupported
+from moecomm.deep_ep.shipments import LowLatencyHandle, Received, Shipment
 from moecomm.deep_ep.wire import Space, Wire
-from moecomm.errors import PeerLostError, StallError
 from moecomm.memory.device import moves_by_kernels
-from moecomm.quant import QuantSpec, dequantize, quantize
-from moecomm.rows import copy_rows, empty_rows
+from moecomm.quant import QuantSpec, quantize
 
 _SCALES = "float32", "power_of_two", "ue8m0"
 
 Hook = Callable[[], None]
-
-
-@final
-class LowLatencyHandle(tuple[Tensor, Tensor, int, int, int]):
-    """(packed_recv_src_info, layout_range, num_max, hidden, num_experts), and the operation behind it."""
-
-    shipment: Shipment
-
-    def __new__(cls, items: tuple[Tensor, Tensor, int, int, int], shipment: Shipment) -> LowLatencyHandle:
-        self = super().__new__(cls, items)
-        self.shipment = shipment
-        return self
-
-
-@final
-@dataclass(eq=False, slots=True)
-class Shipment:
-    """A low-latency dispatch. handle and counts, (L, R) rows from each rank, are there once it has ended.
-
-    is_fixed: the rows of an expert lie in a group of num_slots in the `moecomm.Buffer` too.
-    """
-
-    space: Space
-    topk_idx: Tensor
-    num_local: int
-    num_slots: int
-    is_fixed: bool
-    finish: Callable[[], Received] | None = None
-    received: Received | None = None
-    handle: DispatchHandle | None = None
-    counts: Tensor | None = None
-    mask: Tensor | None = None
-    staging: Tensor | None = None
-
-    def arrived(self, handle: DispatchHandle, counts: Tensor, mask: Tensor | None) -> None:
-        """Note what the dispatch brought."""
-        self.handle, self.counts, self.mask = handle, counts, None if mask is None else mask.clone()
-
-    def end(self) -> Received:
-        """Receive, if that has not been done yet."""
-        finish, self.finish = self.finish, None
-        if finish is not None:
-            self.received = finish()
-        assert self.received is not None
-        return self.received
-
-    def hook(self) -> None:
-        """What a caller gets to receive with."""
-        self.end()
-
-    def slots(self) -> Tensor:
-        """(N,) int64 where the rows that came are among L * R * M, those of an expert by source; -1 if left out."""
-        assert self.counts is not None
-        counts = self.counts
-        shown = counts if self.mask is None else counts.masked_fill(self.mask.bool(), 0)
-        base = shown.cumsum(1) - shown + torch.arange(len(counts))[:, None] * self.num_slots
-        run = torch.repeat_interleave(torch.arange(counts.numel()), counts.flatten())
-        starts = counts.flatten().cumsum(0) - counts.flatten()
-        slots = base.flatten()[run] + torch.arange(len(run)) - starts[run]
-        return torch.where(shown.flatten()[run] > 0, slots, -1)
-
-    def rows_of(self, x: Tensor, use_logfmt: bool) -> Tensor:
-        """The rows to lead home of (L, R * M, H) expert outputs."""
-        flat = _flat(x)
-        if self.is_fixed and flat.is_contiguous() and not use_logfmt:
-            return flat
-        slots = self.slots().to(x.device)
-        rows = torch.empty(len(slots), x.shape[2], dtype=x.dtype, device=x.device)
-        copy_rows(rows, flat, slots)
-        if use_logfmt:
-            rows = dequantize(*quantize(rows, "logfmt10"), rows.dtype, rows.shape[1])
-        if not self.is_fixed:
-            return rows
-        placed = empty_rows(self.num_local * self.num_slots, x.shape[2], x.dtype, x.device)
-        copy_rows(placed, rows, torch.arange(len(slots), device=x.device), slots)
-        return placed
 
 
 class LowLatencyMode:
@@ -113,7 +36,7 @@ class LowLatencyMode:
     _wire: Wire
 
     def _start_low_latency(self, enable_shrink: bool) -> None:
-        self._mask = torch.zeros(self.group_size, dtype=torch.int32) if enable_shrink else None
+        self._crew = Crew(self._wire, enable_shrink)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing is left over that would have to be cleaned, whatever the normal mode did."""
@@ -146,7 +69,7 @@ class LowLatencyMode:
             topk_idx: (T, K) global expert ids, -1 for none.
             num_max_dispatch_tokens_per_rank: M; num_experts: E; the same on all ranks.
             cumulative_local_expert_recv_stats: (L,) int32, the rows of each local expert are added.
-            dispatch_wait_recv_cost_stats: (R,) int64, the microseconds that this call waited are added for all others.
+            dispatch_wait_recv_cost_stats: (R,) int64, the microseconds that this call waited for each other are added.
             use_fp8: send e4m3 with one float32 scale per 128 columns. round_scale: scales are powers of two.
             use_ue8m0: and come as their exponents, four in an int32.
             return_recv_hook: return at once; `hook()` receives. async_finish: return an event; not both.
@@ -163,36 +86,40 @@ class LowLatencyMode:
         demand(len(x) <= num_max, "too many tokens", got=len(x), expected=f"at most {num_max}", remedy="raise num_max")
         demand_tensor("topk_idx", topk_idx, len(x), None, dtypes=INDEX_DTYPES)
         _one_way(async_finish, return_recv_hook)
-        first, num_local = experts_of(num_experts, self.group_size, self.rank)
+        _, num_local = experts_of(num_experts, self.group_size, self.rank)
         _stats("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, num_local, torch.int32)
         _stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size, torch.int64)
-        idx = self._unmasked(topk_idx if topk_idx.dtype.itemsize >= 4 else topk_idx.int(), num_experts)
-        scales = None
-        rows, token = x.detach(), torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
+        idx = self._crew.without_masked(topk_idx if topk_idx.dtype.itemsize >= 4 else topk_idx.int(), num_experts)
+        rows, scales = x.detach(), None
         if use_fp8:
             rows, scales = quantize(x, QuantSpec(scales=_SCALES[max(2 * use_ue8m0, round_scale)]))
             scales = _packed_exponents(scales) if use_ue8m0 else scales
+        token = torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
         beside = token if scales is None else torch.cat([token, scales.view(torch.int32)], 1)
         num_slots = num_max * self.group_size
         # With groups of a fixed size rows are written where the caller wants them; else they are copied there.
-        is_fixed = not (return_recv_hook or self._masks_any() or moves_by_kernels(x.device))
-        most_local = -(-num_experts // self.group_size)
-        num_tokens = max(num_max, -(-num_max * most_local // max(1, idx.shape[1])))  # room for groups of a fixed size
-        space = Space(num_experts=num_experts, top_k=idx.shape[1], reduce="source", num_tokens=num_tokens)
-        align = -num_slots if is_fixed else 1
-        pending = self._wire.dispatch_async(space, rows, beside, idx, None, layout="expert", align=align)
-        mask = None if is_fixed else self._mask
-        shipment = Shipment(space, topk_idx.clone(), num_local, num_slots, is_fixed)
-        room = Received.room_for(num_local, num_slots, self.group_size, rows, scales) if not is_fixed else None
-        scale_dtype = None if scales is None else scales.dtype
+        is_fixed = not (return_recv_hook or self._crew.masked is not None or moves_by_kernels(x.device))
+        shipment = Shipment(idx.clone(), num_experts, num_max, num_slots)
+        mask = None if is_fixed else self._crew.masked
+        make_room = partial(Received.room_for, num_local, num_slots, self.group_size, rows, scales)
+        room = None if is_fixed else make_room()
+
+        def begin() -> Pending[Dispatched]:
+            space, routing = self._routed(shipment)
+            align = -num_slots if room is None and space.placement is None else 1
+            return self._wire.dispatch_async(space, rows, beside, routing, None, layout="expert", align=align)
+
+        arrive = self._crew.start(begin, dispatch_wait_recv_cost_stats)
 
         def receive() -> Received:
-            out = self._waited(pending.wait, dispatch_wait_recv_cost_stats)
-            counts = out.handle.expert_counts[:, first : first + num_local].t().long()  # (L, R)
-            shipment.arrived(out.handle, counts, mask)
-            got = Received.where_it_is(out, counts, num_slots, scale_dtype) if room is None else room
-            if room is not None:
-                room.fill(out, counts, shipment.slots(), mask)
+            out = arrive()
+            counts = self._crew.my_counts(out.handle.expert_counts, num_experts)
+            shipment.arrived(self._routed(shipment)[0], out.handle, counts, mask, self._wire.losses)
+            if shipment.is_fixed:
+                got = Received.where_it_is(out, counts, num_slots, None if scales is None else scales.dtype)
+            else:
+                got = make_room() if room is None else room
+                got.fill(out, counts, shipment.slots(), mask)
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(got.count)
             return got
@@ -226,8 +153,8 @@ class LowLatencyMode:
             topk_idx: (T, K) of that dispatch; entries that are -1 here are left out.
             topk_weights: (T, K) float32.
             handle: of that dispatch.
-            use_logfmt: send 10-bit logarithms, see `moecomm.quant`. zero_copy: the rows are in the tensor that
-                `get_next_low_latency_combine_buffer(handle)` gave, not in x; not both.
+            use_logfmt: send 10-bit logarithms, 64 % of the bytes of bfloat16 (`moecomm.quant`). zero_copy: rows are in
+                the tensor that `get_next_low_latency_combine_buffer(handle)` gave, not in x; not both.
             return_recv_hook, async_finish: as dispatch.
             out: (T, H) for the result. combine_wait_recv_cost_stats: (R,) int64, as in dispatch.
 
@@ -253,18 +180,24 @@ class LowLatencyMode:
             assert shipment.staging is not None
             x = shipment.staging
         shipment.end()
-        rows = shipment.rows_of(x, use_logfmt)
-        assert shipment.handle is not None
-        home = replace(shipment.handle, topk_weights=topk_weights.detach().contiguous())
-        left_out = (topk_idx < 0) & (home.topk_idx >= 0)
-        if bool(left_out.any()):
-            home = replace(home, send_pos=home.send_pos.masked_fill(left_out, -1))
-        pending = self._wire.combine_async(shipment.space, rows, home)
-        result = rows.new_empty(len(topk_idx), x.shape[2]) if out is None else out
+        given, quant, weights = x, "logfmt10" if use_logfmt else None, topk_weights.detach().contiguous()
+
+        def begin() -> Pending[Tensor]:
+            if shipment.losses != self._wire.losses:
+                self._reroute(shipment, given)
+            assert shipment.handle is not None and shipment.space is not None
+            home = replace(shipment.handle, topk_weights=weights)
+            left_out = (topk_idx < 0) & (home.topk_idx >= 0)
+            if bool(left_out.any()):
+                home = replace(home, send_pos=home.send_pos.masked_fill(left_out, -1))
+            return self._wire.combine_async(shipment.space, shipment.rows_of(given), home, quant=quant)
+
+        arrive = self._crew.start(begin, combine_wait_recv_cost_stats)
+        result = x.new_empty(len(topk_idx), x.shape[2]) if out is None else out
 
         @cache
         def hook() -> None:
-            result.copy_(self._waited(pending.wait, combine_wait_recv_cost_stats))
+            result.copy_(arrive())
 
         if not return_recv_hook:
             hook()
@@ -281,116 +214,49 @@ class LowLatencyMode:
             shipment.staging = room[:, :, :hidden]
         return shipment.staging
 
+    def _routed(self, shipment: Shipment) -> tuple[Space, Tensor]:
+        """Which routings a dispatch shares handles with, and its routing, among the ranks that are left."""
+        num_experts, top_k = shipment.num_experts, shipment.topk_idx.shape[1]
+        placement = self._crew.placement(num_experts)
+        most_local = -(-num_experts // self.group_size)
+        # Room for groups of a fixed size.
+        num_tokens = max(shipment.num_max, -(-shipment.num_max * most_local // max(1, top_k)))
+        space = Space(
+            num_experts=num_experts if placement is None else sum(map(len, placement)),
+            top_k=top_k,
+            reduce="source",
+            num_tokens=num_tokens,
+            placement=placement,
+        )
+        return space, self._crew.renumbered(shipment.topk_idx, num_experts)
+
+    def _reroute(self, shipment: Shipment, x: Tensor) -> None:
+        """Plan the routing of a dispatch anew, among the ranks that are left, with rows of nothing. Collective."""
+        space, idx = self._routed(shipment)
+        rows = x.new_zeros(len(idx), x.shape[2])
+        out = self._wire.dispatch(space, rows, idx[:, :1].int(), idx, None, layout="expert")
+        shipment.rerouted(space, out.handle, self._wire.members, self._wire.losses)
+
     # -- ranks that are left out ---------------------------------------------------------------------------------
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leave a rank out of what follows, or (mask=False) take it back."""
+        """Leave a rank out of what follows, or (mask=False) take it back, if it was not lost."""
         known = isinstance(rank_to_mask, int) and 0 <= rank_to_mask < self.group_size
         demand(known, "rank_to_mask is no rank", got=rank_to_mask, expected=f"0 to {self.group_size - 1}")
-        self._masks()[rank_to_mask] = int(mask)
+        self._crew.leave_out(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Write 1 for each rank that is left out, 0 for others, into (R,) int32."""
-        demand_tensor("mask_status", mask_status, self.group_size, dtypes=(torch.int32,)).copy_(self._masks())
+        demand_tensor("mask_status", mask_status, self.group_size, dtypes=(torch.int32,)).copy_(self._crew.mask)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Leave no rank out."""
-        self._masks().zero_()
-
-    def _masks(self) -> Tensor:
-        what, expected = "Shrink mode must be enabled", "a buffer with enable_shrink=True"
-        demand(self._mask is not None, what, got="enable_shrink=False", expected=expected)
-        assert self._mask is not None
-        return self._mask
-
-    def _masks_any(self) -> bool:
-        return self._mask is not None and bool(self._mask.any())
-
-    def _unmasked(self, topk_idx: Tensor, num_experts: int) -> Tensor:
-        """The routing without the experts of ranks that are left out."""
-        if self._mask is None or not self._masks_any():
-            return topk_idx
-        gone = torch.zeros(num_experts + 1, dtype=torch.bool)
-        for rank in self._mask.nonzero().flatten().tolist():
-            first, count = experts_of(num_experts, self.group_size, rank)
-            gone[first : first + count] = True
-        return topk_idx.masked_fill(gone.to(topk_idx.device)[topk_idx.long()], -1)
-
-    def _waited(self, wait: Callable[[], Any], stats: Tensor | None) -> Any:
-        """Wait; say how long for whom, and leave out from now on who did not come."""
-        begin = time.perf_counter_ns()
-        try:
-            result = wait()
-        except (StallError, PeerLostError) as error:
-            if self._mask is not None:
-                self._mask[list(error.peers)] = 1
-            raise
-        if stats is not None:
-            others = torch.arange(self.group_size, device=stats.device) != self.rank
-            stats.add_(others * ((time.perf_counter_ns() - begin) // 1000))
-        return result
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Received:
-    """What a low-latency dispatch gives: x (L, R * M, H), scales (L, R * M, S) column-major or None, count (L,) int32,
-    info (L, R * M) int32 token of each row at its source, ranges (L, R) int64 `begin << 32 | count`."""
-
-    x: Tensor
-    scales: Tensor | None
-    count: Tensor
-    info: Tensor
-    ranges: Tensor
-
-    @classmethod
-    def room_for(cls, num_local: int, num_slots: int, num_ranks: int, rows: Tensor, scales: Tensor | None) -> Received:
-        """Tensors to fill."""
-        x = empty_rows(num_local * num_slots, rows.shape[1], rows.dtype, rows.device)
-        return cls(
-            x=x.view(num_local, num_slots, rows.shape[1]),
-            scales=None if scales is None else scales.new_empty(num_local, scales.shape[1], num_slots).transpose(1, 2),
-            count=torch.empty(num_local, dtype=torch.int32, device=rows.device),
-            info=torch.empty(num_local, num_slots, dtype=torch.int32, device=rows.device),
-            ranges=torch.empty(num_local, num_ranks, dtype=torch.int64, device=rows.device),
-        )
-
-    @classmethod
-    def where_it_is(cls, out: Dispatched, counts: Tensor, num_slots: int, scale_dtype: torch.dtype | None) -> Received:
-        """What lies in groups of a fixed size."""
-        rows, beside = (part.view(len(counts), num_slots, part.shape[1]) for part in out.x)
-        scales = None
-        if scale_dtype is not None:
-            scales = beside[:, :, 1:].transpose(1, 2).contiguous().view(scale_dtype).transpose(1, 2)
-        begin = counts.cumsum(1) - counts
-        return cls(rows, scales, out.tokens_per_expert, beside[:, :, 0].contiguous(), begin << 32 | counts)
-
-    def fill(self, out: Dispatched, counts: Tensor, slots: Tensor, mask: Tensor | None) -> None:
-        """Put what came in its place; slots: of every row that came, -1 of those that are left out."""
-        num_slots = self.info.shape[1]
-        rows, beside = out.x
-        shown = counts if mask is None else counts.masked_fill(mask.bool(), 0)
-        self.count.copy_(shown.sum(1))
-        self.ranges.copy_((shown.cumsum(1) - shown) << 32 | shown)
-        slots = slots.to(rows.device)
-        every = torch.arange(len(slots), device=rows.device)
-        copy_rows(self.x.view(-1, self.x.shape[2]), rows, every, slots)
-        kept = slots >= 0
-        self.info.view(-1)[slots[kept]] = beside[kept, 0]
-        if self.scales is not None:
-            expert, slot = slots[kept] // num_slots, slots[kept] % num_slots
-            self.scales[expert, slot] = beside[kept, 1:].view(self.scales.dtype)
+        """Leave no rank out, but for those that were lost."""
+        self._crew.take_back()
 
 
 def _packed_exponents(scales: Tensor) -> Tensor:
     """(T, ceil(G / 4)) int32: four exponents each, the lowest byte first, zeros behind the last."""
     return torch.nn.functional.pad(scales.view(torch.uint8), (0, -scales.shape[1] % 4)).view(torch.int32)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(L, S, H) with strided rows as (L * S, H), without a copy where that can be."""
-    regular = x.stride(2) == 1 and x.stride(0) == x.stride(1) * x.shape[1]
-    return x.as_strided((x.shape[0] * x.shape[1], x.shape[2]), (x.stride(1), 1)) if regular else x.flatten(0, 1)
 
 
 def _shipment(handle: Any) -> Shipment:

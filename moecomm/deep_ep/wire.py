@@ -18,8 +18,10 @@ from torch import Tensor
 import moecomm
 from moecomm import Dispatched, DispatchHandle
 from moecomm.deep_ep.refusals import FLOATS, demand
-from moecomm.errors import StaleHandleError
+from moecomm.errors import PeerLostError, StaleHandleError, UnsupportedError
 from moecomm.group import Group
+from moecomm.memory.device import moves_by_kernels
+from moecomm.quant import dequantize, quantize
 
 MOST_TOKENS = 65536  # of one rank in one call, where memory is not committed before rows come
 _ADDRESS_BYTES = 1 << 44  # of the address space, for one buffer
@@ -28,20 +30,30 @@ _ADDRESS_BYTES = 1 << 44  # of the address space, for one buffer
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
-    """The routings that can share handles. num_tokens: most of a rank, None for what the memory allows."""
+    """The routings that can share handles. num_tokens: most of a rank, None for what the memory allows.
+
+    placement: experts of each rank; None: as they come.
+    """
 
     num_experts: int
     top_k: int
     reduce: str = "rank"
     num_tokens: int | None = None
+    placement: tuple[tuple[int, ...], ...] | None = None
 
 
 @final
 class Wire:
-    """The buffers of one group. device_bytes: what the caller sized his own buffers to; used where memory is dear."""
+    """The buffers of one group. device_bytes: what the caller sized his own buffers to; used where memory is dear.
+
+    members: the ranks that are left, numbered as at first. losses: how often some were lost.
+    """
 
     def __init__(self, group: object, device_bytes: int, timeout_s: float | None = None) -> None:
         self.group = Group.resolve(group)
+        self._size = self.group.size  # at first
+        self.members, self.losses = tuple(range(self._size)), 0
+        self._last: moecomm.Buffer | None = None
         self._given, self._device_bytes, self._timeout_s = group, device_bytes, timeout_s
         self._made: dict[tuple[Any, ...], _Made] = {}
         self._outgrown: list[moecomm.Buffer] = []
@@ -75,15 +87,49 @@ class Wire:
         bias = None if bias is None else bias.detach()
         return made.buffer.combine(rows.detach(), made.own(handle), weighted=False, bias=bias)
 
-    def combine_async(self, space: Space, rows: Tensor, handle: DispatchHandle) -> moecomm.Pending[Tensor]:
-        """Start to lead rows home and sum them, each multiplied by its weight."""
-        made = self._buffer(space, rows, row_bytes(rows))
-        return made.buffer.combine_async(rows.detach(), made.own(handle))
+    def combine_async(
+        self, space: Space, rows: Tensor, handle: DispatchHandle, *, quant: str | None = None
+    ) -> moecomm.Pending[Tensor]:
+        """Start to lead rows home and sum them, each multiplied by its weight; quant: how they travel."""
+        made, rows = self._buffer(space, rows, row_bytes(rows)), rows.detach()
+        if quant is not None and moves_by_kernels(rows.device):  # which move rows of the buffer's dtype only
+            rows, quant = dequantize(*quantize(rows, quant), rows.dtype, rows.shape[1]), None
+        return made.buffer.combine_async(rows, made.own(handle), quant=quant)
 
     def buffers(self) -> Iterator[moecomm.Buffer]:
         """Those that were made."""
         yield from (made.buffer for made in self._made.values())
         yield from self._outgrown
+
+    def waited_s(self) -> Tensor:
+        """(R,) float64 seconds waited for each rank so far; where the transport knows no better, for all alike."""
+        total = torch.zeros(self._size, dtype=torch.float64)
+        for buffer in self.buffers():
+            stats = buffer.stats()
+            each = stats.get("waited_s")
+            if each is None:
+                each = torch.full((self.group.size,), stats["counts_s"] + stats["wait_s"], dtype=torch.float64)
+                each[self.group.rank] = 0.0
+            total[list(self.members)] += each
+        return total
+
+    def shrink(self) -> None:
+        """Go on without the ranks that the last operation lost; handles of before are stale. Collective among the rest.
+
+        Raises:
+            UnsupportedError: the group or the transport cannot. PeerLostError: the others went on without this rank.
+        """
+        if self._last is None:
+            raise UnsupportedError("nothing was sent yet", remedy="make a new Buffer", rank=self.group.rank)
+        left = self._last.shrink()
+        self.members = tuple(self.members[rank] for rank in left)
+        self._given = self.group = self._last.group
+        self.losses += 1
+        for buffer in self.buffers():
+            buffer.close()
+        self._made.clear()
+        self._outgrown.clear()
+        self._last = None
 
     @property
     def sums_by_node(self) -> bool:
@@ -103,6 +149,10 @@ class Wire:
         hidden, dtype = rows.shape[1], torch.bfloat16 if rows.dtype.itemsize == 1 else rows.dtype
         key = space, hidden, dtype, rows.device
         made = self._made.get(key)
+        if self.losses and space.placement is None:
+            lost = [rank for rank in range(self._size) if rank not in self.members]
+            what, remedy = f"ranks {lost} were lost: the low-latency mode goes on, nothing else", "make a new Buffer"
+            raise PeerLostError(what, remedy=remedy, rank=self.group.rank, peers=lost)
         if made is None or num_bytes > made.buffer.config.row_bytes:
             demand(hidden > 0, "x has no columns", got=tuple(rows.shape), expected="a hidden size of at least 1")
             beside = max(0, num_bytes - hidden * dtype.itemsize)
@@ -118,12 +168,14 @@ class Wire:
                     max_tokens_per_rank=space.num_tokens
                     or self._tokens(space, hidden * dtype.itemsize + beside, rows.device),
                     dtype=dtype,
+                    placement=space.placement,
                     reduce=space.reduce,
                     timeout_s=self._timeout_s,
                     device=rows.device,
                     beside_bytes=beside,
                 )
             )
+        self._last = made.buffer
         return made
 
     def _tokens(self, space: Space, num_bytes: int, device: torch.device) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from moecomm import deep_ep
 from moecomm.errors import ConfigError, UnsupportedError
-from moecomm.quant import QuantSpec, quantize
+from moecomm.quant import QuantSpec, dequantize, quantize
 from moecomm.testing import RankPool, assert_bitwise
 from tests.deep_ep._world import World, expert, rows, summed, world
 from tests.deep_ep.test_normal import BF16, shared
@@ -34,12 +36,12 @@ def check_received(rank: int, given: World, recv: torch.Tensor, count: torch.Ten
             assert number == sum(s == source for s, _, _ in entries)
 
 
-def weighted(rank: int, given: World) -> torch.Tensor:
-    """What comes home when experts do as `expert` does."""
+def weighted(rank: int, given: World, seen: Callable[[torch.Tensor], torch.Tensor] = lambda row: row) -> torch.Tensor:
+    """What comes home when experts do as `expert` does; seen: what a row becomes on its way."""
     out = torch.zeros_like(given.x[rank])
     for t, x in enumerate(given.x[rank]):
         chosen = [(int(e), w) for e, w in zip(given.idx[rank][t], given.weights[rank][t], strict=True) if e >= 0]
-        out[t] = summed([expert(given.owner(e), x).float() * w for e, w in chosen], x.dtype, x)
+        out[t] = summed([seen(expert(given.owner(e), x)).float() * w for e, w in chosen], x.dtype, x)
     return out
 
 
@@ -85,7 +87,7 @@ def test_rows_as_they_are(ranks: RankPool, dtype: torch.dtype, hidden: int) -> N
 
 
 def quantised(rank: int) -> None:
-    """FP8 rows decode to what the reference quantiser makes; LogFMT stays within its bound."""
+    """FP8 rows decode to what the reference quantiser makes, logarithms too."""
     given, buffer = world(hidden=320, dtype=BF16), shared()
     for round_scale, ue8m0 in ((False, False), (True, False), (True, True)):
         (codes, scales), count, handle, _, _ = buffer.low_latency_dispatch(
@@ -108,15 +110,42 @@ def quantised(rank: int) -> None:
                 )
             else:
                 assert_bitwise(part, rows([s for _, s in expected], where, part), "scales")
-    made = torch.randn(len(count), 4 * MAX, 320, dtype=BF16)
-    home = [
-        buffer.low_latency_combine(made, given.idx[rank], given.weights[rank], handle, use_logfmt=use)[0]
-        for use in (False, True)
-    ]
-    step = made.float().abs().amax() / 16 + 2.0**-7 * home[0].float().abs()  # a tenth of an octave, then bfloat16
-    assert bool(((home[0] - home[1]).float().abs() <= 3 * step).all()) and (
-        not len(home[0]) or not home[0].equal(home[1])
-    )
+    logarithms(rank, given, buffer, handle)
+
+
+def logarithms(rank: int, given: World, buffer: Any, handle: Any) -> None:
+    """LogFMT: the sum of what the codes mean, and 64 % of the bytes."""
+
+    def combined(use_logfmt: bool) -> tuple[torch.Tensor, int]:
+        before = moved(buffer)
+        made = expert(rank, slots_of(rank, given))
+        home = buffer.low_latency_combine(made, given.idx[rank], given.weights[rank], handle, use_logfmt=use_logfmt)[0]
+        return home, moved(buffer) - before
+
+    (plain, all_bytes), (home, num_bytes) = combined(False), combined(True)
+    assert_bitwise(plain, weighted(rank, given), "combined")
+    assert_bitwise(home, weighted(rank, given, in_logfmt), "combined from logarithms")
+    assert not len(home) or not home.equal(plain)
+    assert num_bytes * 320 * 2 == all_bytes * QuantSpec(format="logfmt10").row_bytes(320) and num_bytes < all_bytes
+
+
+def in_logfmt(row: torch.Tensor) -> torch.Tensor:
+    return dequantize(*quantize(row, "logfmt10"), torch.float32, len(row))
+
+
+def moved(buffer: Any) -> int:
+    """Bytes that this rank has sent so far."""
+    stats = [each.stats() for each in buffer._wire.buffers()]
+    return int(sum(each["bytes_local"] + each["bytes_remote"] for each in stats))
+
+
+def slots_of(rank: int, given: World) -> torch.Tensor:
+    """The rows as they lie in the slots of this rank's experts."""
+    made = torch.zeros(len(given.held(rank)), 4 * MAX, given.x[0].shape[1], dtype=given.x[0].dtype)
+    for e in range(len(made)):
+        where = [(s, t) for s, t, _ in given.entries(rank, e)]
+        made[e, : len(where)] = rows(given.x, where, made[e])
+    return made
 
 
 def test_quantised_rows(ranks: RankPool) -> None:
@@ -151,6 +180,33 @@ def masked(rank: int) -> None:
 
 def test_ranks_that_are_left_out(ranks: RankPool) -> None:
     ranks.run(masked)
+
+
+def waits(rank: int) -> None:
+    """Rank 1 is late: the others waited that long for it, and for at least one other not so long."""
+    given, buffer = world(tokens=(5, 4, 9, 3)), shared()
+    stats = torch.zeros(2, 4, dtype=torch.int64)
+    recv, _, handle, _, _ = buffer.low_latency_dispatch(given.x[rank], given.idx[rank], MAX, 10, use_fp8=False)
+    for operation in range(2):
+        torch.distributed.barrier()
+        if rank == 1:
+            time.sleep(0.4)
+        if operation == 0:
+            recv, _, handle, _, _ = buffer.low_latency_dispatch(
+                given.x[rank], given.idx[rank], MAX, 10, None, stats[0], use_fp8=False
+            )
+        else:
+            buffer.low_latency_combine(
+                recv, given.idx[rank], given.weights[rank], handle, combine_wait_recv_cost_stats=stats[1]
+            )
+        assert stats[operation, rank] == 0
+        if rank != 1:
+            others = stats[operation, [peer for peer in range(4) if peer not in (1, rank)]]
+            assert stats[operation, 1] >= 200_000 + int(others.min()), stats
+
+
+def test_waits_are_told_apart(ranks: RankPool) -> None:
+    ranks.run(waits)
 
 
 def refusals(rank: int) -> None:

@@ -328,7 +328,14 @@ REFUSALS = [
         "none",
     ),
     Refusal("out", lambda g: g.dispatch(out=g.x), UNSUPPORTED, 'out is for layout "padded".*', "a Tensor", "None"),
-    Refusal("quant home", lambda g: g.combine(quant="fp8"), UNSUPPORTED, "quant is for layout.*", "a str", "None"),
+    Refusal(
+        "quant home",
+        lambda g: g.combine(quant="fp8"),
+        UNSUPPORTED,
+        "quant is for rows that go home one by one",
+        "layout 'expert', reduce='rank'",
+        '.*reduce="source".*',
+    ),
     # replay
     Refusal("handle type", lambda g: g.replay(handle=g.out), C, "handle is no DispatchHandle", "Dispatched", ".*"),
     Refusal(

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moecomm
-from moecomm.quant import error_bound
+from moecomm.quant import QuantSpec, error_bound
 from moecomm.testing import assert_bitwise
 
 T, H, K, E, M = 5, 256, 2, 4, 8
@@ -194,6 +194,24 @@ def test_error_of_a_quantised_combine(quant: str) -> None:
         error = (y.double() - exact).abs()
         assert (error <= bounds.sum(1) + slack).all(), (error / bounds.sum(1)).max()
         assert error.max() > 0.05 * bounds.sum(1).max(), "the bound says nothing"
+
+
+@pytest.mark.parametrize(("quant", "hidden"), [("logfmt10", 200), ("fp8", 256), ("logfmt10", 1)])
+def test_a_quantised_combine_of_rows_in_groups(quant: str, hidden: int) -> None:
+    """Layout "expert" with reduce="source" gives the same bits as layout "padded", for fewer bytes."""
+    with make_buffer(hidden=hidden, reduce="source") as buffer:
+        x, idx, weights = torch.randn(T, hidden), *inputs()[1:]
+        padded, grouped = (buffer.dispatch(x, idx, weights, layout=name) for name in ("padded", "expert"))
+        y = buffer.combine(padded.x, padded.handle, quant=quant)
+        moved = []
+        for how in (None, quant):
+            before = buffer.stats()["bytes_local"]
+            got = buffer.combine(grouped.x, grouped.handle, quant=how)
+            moved.append(buffer.stats()["bytes_local"] - before)
+        assert_bitwise(got, y, "sums")
+        assert moved[1] * x.nbytes == moved[0] * T * QuantSpec.of(quant).row_bytes(hidden)
+        with pytest.raises(moecomm.UnsupportedError, match="quantised rows have no gradient"):
+            buffer.combine(grouped.x.clone().requires_grad_(), grouped.handle, quant=quant)
 
 
 def test_one_graph_with_the_whole_step() -> None:
