@@ -67,7 +67,7 @@ kernel-report: $(STAMP)  ## registers, shared memory and instructions of every k
 gpu-check: $(STAMP)  ## the tests and benchmarks that need a GPU
 	@reason=$$($(PY) -c "import torch; print('' if torch.cuda.is_available() else 'torch ' + torch.__version__ + ' sees no CUDA or ROCm device')"); \
 	if [ -n "$$reason" ]; then echo "no GPU: skipped, because $$reason"; \
-	else $(PY) -m pytest -m gpu $(ARGS) && $(PY) bench/bench_kernels.py; fi
+	else $(PY) -m pytest -m gpu $(ARGS) && $(PY) bench/bench_kernels.py --out bench/results/kernels; fi
 
 soak: $(STAMP)  ## random cases, kills and stalls for 10 minutes; SOAK_ARGS="--minutes 60" for longer
 	$(PY) -m tests.faults.soak $(SOAK_ARGS)

@@ -1,64 +1,95 @@
-"""What `check=` costs: dispatch and combine with and without, in the same processes, turn by turn.
+"""What `check=` of a buffer costs: dispatch and combine with and without, in the same processes, turn by turn.
 
-torchrun --nproc-per-node 4 bench/bench_check.py --tokens 1024
+    torchrun --standalone --nproc-per-node 4 bench/bench_check.py --tokens 1024
+
+Paths are named by the level; the ratio is against `check="off"`, so that 0.8 is a quarter more time.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import sys
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import moecomm
+from bench.bench_dispatch_combine import needed_bytes as exchange_bytes
+from bench.case import make_case
+from bench.harness import Benchmark, Recorder, compared, main
+from bench.options import Setting, make_parser
+from bench.paths import check_paths, make_buffer, moecomm_path
+from bench.ranks import Ranks
+from bench.record import Measurement
+from bench.show import progress
+from bench.traffic import traffic
+from moecomm import ExpertPlacement
+
+OPERATIONS = ("dispatch", "combine")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("tokens", 1024), ("hidden", 7168), ("experts", 64), ("top-k", 8), ("rounds", 15)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--transport", default="auto")
-    parser.add_argument("--checks", default="off,cheap,full")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    shape: dict[str, Any] = {"num_experts": options.experts, "hidden": options.hidden, "top_k": options.top_k}
-    shape |= {"max_tokens_per_rank": options.tokens, "transport": options.transport}
-    checks = options.checks.split(",")
-    buffers = {check: moecomm.Buffer(**shape, check=check) for check in checks}
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    x = torch.randn(options.tokens, options.hidden, generator=generator).bfloat16()
-    topk_idx = torch.rand(options.tokens, options.experts, generator=generator).topk(options.top_k).indices
-    weights = torch.rand(options.tokens, options.top_k, generator=generator)
-    times: dict[tuple[str, str], list[float]] = {}
-    for round in range(options.rounds + 2):
-        for check in checks if round % 2 else checks[::-1]:
-            dist.barrier()
-            start = time.perf_counter()
-            out = buffers[check].dispatch(x, topk_idx, weights)
-            middle = time.perf_counter()
-            buffers[check].combine(out.x, out.handle)
-            del out
-            if round >= 2:
-                spent = torch.tensor([middle - start, time.perf_counter() - middle])
-                dist.all_reduce(spent, dist.ReduceOp.MAX)
-                for operation, seconds in zip(("dispatch", "combine"), spent.tolist(), strict=True):
-                    times.setdefault((operation, check), []).append(1e3 * seconds)
-    if dist.get_rank() == 0:
-        print(f"{dist.get_world_size()} ranks, {options}: {buffers['off'].transport}; milliseconds, max over ranks")
-        for operation in ("dispatch", "combine"):
-            base = times[operation, "off"]
-            for check in checks:
-                mine = times[operation, check]
-                ratio = statistics.median(a / b for a, b in zip(mine, base, strict=True))
-                print(f"{operation:9} {check:6} p50 {statistics.median(mine):8.2f}  {100 * (ratio - 1):+6.1f} %")
-    for buffer in buffers.values():
-        buffer.close()
-    dist.destroy_process_group()
+def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
+    """Check every path, then time them in turn."""
+    case = make_case(setting, ranks.rank, ranks.world, ranks.device)
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    with ExitStack() as stack:
+        paths = []
+        for transport in setting.transports:
+            for level in setting.options.checks.split(","):
+                buffer = stack.enter_context(make_buffer(setting, ranks, transport, check=level))
+                paths.append(replace(moecomm_path(setting, case, buffer), name=f"check {level}"))
+        check_paths(setting, ranks, case, paths)
+        step = stack.enter_context(progress(ranks.rank, "rounds", setting.warmup + setting.repeats))
+        for number in range(setting.warmup + setting.repeats):
+            if number == setting.warmup:
+                times.clear()
+            for path in paths if number % 2 else paths[::-1]:
+                kept: list[Any] = []
+                dispatch = partial(lambda path, kept: kept.append(path.dispatch()[1]), path, kept)
+                times[f"{path.label}|dispatch"].append(ranks.time_us(dispatch))
+                times[f"{path.label}|combine"].append(
+                    ranks.time_us(partial(lambda path, kept: path.combine(path.outputs, kept[0]), path, kept))
+                )
+            step()
+    slowest = ranks.slowest(times)
+    placement = ExpertPlacement.uniform(setting.experts, ranks.world)
+    bytes_of = traffic(
+        case.ids_of_rank, placement, layout=setting.layout, reduce=setting.reduce, row_bytes=setting.row_bytes
+    )
+    recorder = Recorder("check", setting, ranks, case.ids_of_rank)
+    rows = []
+    for operation in OPERATIONS:
+        for path in paths:
+            facts = {"transport": path.transport, "gate": path.gate, "peak_memory_bytes": path.peak_memory_bytes}
+            took = slowest[f"{path.label}|{operation}"]
+            rows.append(recorder.row(path.name, operation, took, bytes_of[operation], **facts))
+    return compared(rows, baseline="check off")
 
+
+def needed_bytes(setting: Setting, world: int) -> int:
+    """Bytes per rank: a buffer for every level, and its rows."""
+    levels = len(setting.options.checks.split(","))
+    return exchange_bytes(replace(setting, transports=setting.transports * levels), world)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the family, and one more."""
+    shape = {"hidden": [7168], "experts": [64], "top_k": [8]}
+    made = make_parser(__doc__, shape, tokens=[1024], repeats=15, warmup=2)
+    made.add_argument("--checks", default="off,cheap,full", help="levels, a comma list (default: %(default)s)")
+    return made
+
+
+BENCHMARK = Benchmark(
+    name="check",
+    run_case=run_case,
+    needed_bytes=needed_bytes,
+    takes={"layout": ("expert", "rank"), "quant": ("none",)},
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(BENCHMARK, parser()))

@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -23,12 +24,15 @@ from torch import Tensor
 sys.path.insert(0, str(FilePath(__file__).resolve().parents[1]))
 
 import moecomm
-from bench.case import Case, check_combine, check_dispatch, make_case
+from bench.case import Case, check_combine, check_dispatch, decoded, make_case
 from bench.harness import Benchmark, Recorder, compared, main
+from bench.memory import PeakMemory
 from bench.options import Setting, make_parser
-from bench.paths import Path, baseline_path, make_buffer
+from bench.paths import Path, Rows, baseline_path, make_buffer, why_no_baseline
 from bench.ranks import Ranks
 from bench.record import Measurement
+from bench.roof import Roof
+from bench.show import note
 from bench.traffic import traffic
 from moecomm import ExpertPlacement
 
@@ -39,7 +43,7 @@ def padded_path(setting: Setting, case: Case, buffer: moecomm.Buffer, *, zero_co
     """Ours; results lie in memory that is made once."""
     y = torch.empty(setting.tokens, setting.hidden, dtype=setting.dtype, device=case.x.device)
 
-    def dispatch() -> tuple[Tensor, moecomm.Dispatched]:
+    def dispatch() -> tuple[Rows, moecomm.Dispatched]:
         out = buffer.dispatch(case.x, case.topk_idx, case.topk_weights_TK, layout="padded", quant=setting.quant)
         return out.x, out
 
@@ -50,10 +54,36 @@ def padded_path(setting: Setting, case: Case, buffer: moecomm.Buffer, *, zero_co
     return Path(name=name, transport=buffer.transport, dispatch=dispatch, combine=combine)
 
 
-def check(setting: Setting, case: Case, placement: ExpertPlacement, path: Path, buffer: moecomm.Buffer) -> None:
-    """The right rows come and the right sums come back; makes the outputs of the experts."""
-    rows, home = path.dispatch()
-    if not isinstance(home, moecomm.Dispatched):
+def roof_path(roof: Roof, moved: dict[str, int]) -> Path:
+    """A plain copy of the bytes that must move."""
+
+    def dispatch() -> tuple[Tensor, None]:
+        roof.memcpy(moved["dispatch"])
+        return torch.empty(0), None
+
+    def combine(outputs: Tensor, home: None) -> Tensor:
+        roof.memcpy(moved["combine"])
+        return outputs
+
+    return Path(name="memcpy", dispatch=dispatch, combine=combine)
+
+
+def check(setting: Setting, ranks: Ranks, case: Case, path: Path, buffer: moecomm.Buffer | None) -> None:
+    """The right rows come and the right sums come back; makes the outputs of the experts, notes memory."""
+    with PeakMemory(ranks.device) as peak:
+        check_rows(setting, case, ExpertPlacement.uniform(setting.experts, ranks.world), path, buffer)
+    path.peak_memory_bytes = max(ranks.all_gather(peak.bytes))
+    exact = "as the reference quantises" if setting.quant else "bit for bit"
+    path.gate = f"dispatch {exact}, combine within 4 roundings of float64"
+
+
+def check_rows(
+    setting: Setting, case: Case, placement: ExpertPlacement, path: Path, buffer: moecomm.Buffer | None
+) -> None:
+    """Compare what comes with what was sent."""
+    arrived, home = path.dispatch()
+    rows = decoded(arrived, setting)
+    if buffer is None or not isinstance(home, moecomm.Dispatched):
         experts = check_dispatch(case, rows, placement, path.label)
         path.outputs = rows * case.expert_scale_E[experts][:, None]
         check_combine(case, path.combine(path.outputs, home), path.label)
@@ -66,7 +96,6 @@ def check(setting: Setting, case: Case, placement: ExpertPlacement, path: Path, 
         path.outputs = rows.nan_to_num() * case.expert_scale_E[here][:, None, None]
         buffer.combine_input(home.handle).copy_(path.outputs)
         check_combine(case, path.combine(path.outputs, home).clone(), path.label)
-    path.gate = "dispatch bit for bit, combine within 4 roundings of float64"
 
 
 def case_world(case: Case) -> int:
@@ -78,28 +107,38 @@ def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
     """Check every path, then time them in turn."""
     case = make_case(setting, ranks.rank, ranks.world, ranks.device)
     placement = ExpertPlacement.uniform(setting.experts, ranks.world)
+    sizes = {"row_bytes": setting.row_bytes, "wire_row_bytes": setting.wire_row_bytes}
+    bytes_of = traffic(case.ids_of_rank, placement, layout="expert", reduce=setting.reduce, **sizes)
+    mine = {operation: of_rank[ranks.rank].moved for operation, of_rank in bytes_of.items()}
     burst = setting.options.burst or (16 if setting.tokens <= 32 else 4)
     times: defaultdict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
-        buffer = stack.enter_context(make_buffer(setting, ranks, setting.transports[0]))
-        paths = [padded_path(setting, case, buffer, zero_copy=zero_copy) for zero_copy in (False, True)]
-        paths.append(baseline_path(setting, case))
-        for path in paths:
-            check(setting, case, placement, path, buffer)
+        paths = []
+        for transport in setting.transports:
+            buffer = stack.enter_context(make_buffer(setting, ranks, transport))
+            for zero_copy in (False, True):
+                paths.append(padded_path(setting, case, buffer, zero_copy=zero_copy))
+                check(setting, ranks, case, paths[-1], buffer)
+        if reason := why_no_baseline(replace(setting, layout="expert"), ranks):
+            note(ranks.rank, f"no baseline: {reason}")
+        else:
+            paths.append(baseline_path(setting, case))
+            check(setting, ranks, case, paths[-1], None)
+        paths.append(roof_path(Roof(max(mine.values()), ranks.device), mine))
         for number in range(setting.warmup + setting.repeats):
             if number == setting.warmup:
                 times.clear()
             for path in paths[number % len(paths) :] + paths[: number % len(paths)]:
                 one_burst(ranks, path, burst, times)
     slowest = ranks.slowest(times)
-    bytes_of = traffic(case.ids_of_rank, placement, layout="expert", reduce="source", row_bytes=setting.row_bytes)
-    recorder = Recorder("decode", setting, ranks, case.ids_of_rank, layout="padded", reduce="source")
+    recorder = Recorder("decode", setting, ranks, case.ids_of_rank)
     rows = []
     for operation in OPERATIONS:
         of_ranks = [one for part in bytes_of if operation in (part, "both") for one in bytes_of[part]]
         for path in paths:
             took = slowest[f"{path.label}|{operation}"]
-            rows.append(recorder.row(path.name, operation, took, of_ranks, transport=path.transport, gate=path.gate))
+            facts = {"transport": path.transport, "gate": path.gate, "peak_memory_bytes": path.peak_memory_bytes}
+            rows.append(recorder.row(path.name, operation, took, of_ranks, **facts))
     return compared(rows)
 
 
@@ -125,18 +164,15 @@ def needed_bytes(setting: Setting, world: int) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the family, and one more."""
-    shape = {
-        "hidden": 7168,
-        "experts": 64,
-        "top_k": 8,
-        "tokens": [1, 8, 32, 128],
-        "layout": "padded",
-        "reduce": "source",
-    }
-    made = make_parser(__doc__, **shape)
+    shape = {"hidden": [7168], "experts": [64], "top_k": [8]}
+    made = make_parser(__doc__, shape, tokens=[1, 8, 32, 128], layout="padded", reduce="source")
     made.add_argument("--burst", type=int, default=0, help="pairs in a row; 0: 16 up to 32 tokens, else 4")
     return made
 
 
+BENCHMARK = Benchmark(
+    name="decode", run_case=run_case, needed_bytes=needed_bytes, takes={"layout": ("padded",), "reduce": ("source",)}
+)
+
 if __name__ == "__main__":
-    sys.exit(main(Benchmark(name="decode", run_case=run_case, needed_bytes=needed_bytes), parser()))
+    sys.exit(main(BENCHMARK, parser()))

@@ -2,18 +2,20 @@
 
     torchrun --standalone --nproc-per-node 4 bench/bench_deep_ep.py --tokens 128,1024 --out bench/results/deep_ep
 
-Rows are times of a call: the maximum over ranks of each round, then the median over rounds. The two calls of a pair
-take turns, so that whatever else the machine does meets both. Both give the same rows; the compatible one also what its
-API gives beside them. `normal` starts where there is a layout already, `normal, layout` makes it first.
+Paths: "moecomm", the native call; "deep_ep", the compatible one, whose ratio is native over compatible time, so that
+1.0 is no cost and 0.5 twice the time. The two calls of a pair take turns, round by round. Both give the same rows and
+sums, compared bit for bit before anything is timed; the compatible one also what its API gives beside them. `normal`
+starts where there is a layout already, `normal layout` makes it first.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +26,45 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moecomm
-from bench.record import environment
-from moecomm import deep_ep
+from bench.bench_dispatch_combine import needed_bytes as exchange_bytes
+from bench.case import Case, make_case
+from bench.harness import Benchmark, Recorder, compared, main
+from bench.memory import PeakMemory
+from bench.options import Setting, make_parser
+from bench.paths import make_buffer
+from bench.ranks import Ranks
+from bench.record import Measurement
+from bench.show import progress
+from bench.traffic import traffic
+from moecomm import ExpertPlacement, deep_ep
 
+PATHS = ("moecomm", "deep_ep")
 Call = Callable[[], Any]
 
 
-def inputs(rank: int, tokens: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, uniform choices without repetition, weights."""
-    random = torch.Generator().manual_seed(rank)
-    x = torch.randn(tokens, args.hidden, generator=random).bfloat16()
-    idx = torch.rand(tokens, args.experts, generator=random).topk(args.top_k, dim=1).indices
-    return x, idx, torch.rand(tokens, args.top_k, generator=random)
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A native call and the compatible one that does the same; layout, reduce: of the native one."""
+
+    native: Call
+    compatible: Call
+    layout: str = "rank"
+    reduce: str = "rank"
+
+    @property
+    def calls(self) -> tuple[Call, Call]:
+        """In the order of PATHS."""
+        return self.native, self.compatible
 
 
-def pairs(args: argparse.Namespace, tokens: int) -> dict[str, tuple[Call, Call]]:
-    """Name -> (native call, compatible call)."""
-    rank = dist.get_rank()
-    x, idx, weights = inputs(rank, tokens, args)
-    shape: dict[str, Any] = {
-        "num_experts": args.experts,
-        "hidden": args.hidden,
-        "top_k": args.top_k,
-        "max_tokens_per_rank": tokens,
-    }
-    native, source = moecomm.Buffer(**shape), moecomm.Buffer(**shape, reduce="source")
+def normal_pairs(setting: Setting, case: Case, native: moecomm.Buffer) -> dict[str, Pair]:
+    """Those of the normal mode of `deep_ep.Buffer`."""
+    x, idx, weights = case.x, case.topk_idx, case.topk_weights_TK
     by_rank = native.dispatch(x, idx, weights, layout="rank")
-    alone = source.dispatch(x, idx, weights)
-
     buffer: Any = deep_ep.Buffer(dist.group.WORLD)
 
     def layout() -> dict[str, Any]:
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, args.experts)
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, setting.experts)
         return {
             "num_tokens_per_rank": per_rank,
             "num_tokens_per_expert": per_expert,
@@ -64,123 +73,160 @@ def pairs(args: argparse.Namespace, tokens: int) -> dict[str, tuple[Call, Call]]
             "topk_weights": weights,
         }
 
+    def dispatch() -> moecomm.Dispatched:
+        return native.dispatch(x, idx, weights, layout="rank")
+
     known = layout()
     recv, _, _, _, handle, _ = buffer.dispatch(x, **known)
-    assert torch.equal(recv, by_rank.x)
-    made: dict[str, tuple[Call, Call]] = {
-        "normal dispatch": (
-            lambda: native.dispatch(x, idx, weights, layout="rank"),
-            lambda: buffer.dispatch(x, **known),
+    return {
+        "normal dispatch": Pair(native=dispatch, compatible=lambda: buffer.dispatch(x, **known)),
+        "normal layout and dispatch": Pair(native=dispatch, compatible=lambda: buffer.dispatch(x, **layout())),
+        "normal replay": Pair(
+            native=lambda: native.dispatch(x, handle=by_rank.handle),
+            compatible=lambda: buffer.dispatch(x, handle=handle),
         ),
-        "normal dispatch, layout": (
-            lambda: native.dispatch(x, idx, weights, layout="rank"),
-            lambda: buffer.dispatch(x, **layout()),
-        ),
-        "normal combine": (lambda: native.combine(by_rank.x, by_rank.handle), lambda: buffer.combine(recv, handle)),
-        "normal replay": (
-            lambda: native.dispatch(x, handle=by_rank.handle),
-            lambda: buffer.dispatch(x, handle=handle),
+        "normal combine": Pair(
+            native=lambda: native.combine(by_rank.x, by_rank.handle),
+            compatible=lambda: buffer.combine(recv, handle),
         ),
     }
-    made |= elastic_pairs(args, native, (x, idx, weights))
-    if tokens <= args.most_low_latency:
-        few = x, idx, tokens, args.experts
-        slots, _, ll_handle, _, _ = buffer.low_latency_dispatch(*few, use_fp8=False)
-        made["low-latency dispatch"] = (
-            lambda: source.dispatch(x, idx, weights),
-            lambda: buffer.low_latency_dispatch(*few, use_fp8=False),
-        )
-        made["low-latency combine"] = (
-            lambda: source.combine(alone.x, alone.handle),
-            lambda: buffer.low_latency_combine(slots, idx, weights, ll_handle),
-        )
-    return made
 
 
-def elastic_pairs(
-    args: argparse.Namespace, native: moecomm.Buffer, given: tuple[Tensor, Tensor, Tensor]
-) -> dict[str, tuple[Call, Call]]:
-    """Those of `ElasticBuffer`."""
+def elastic_pairs(setting: Setting, case: Case, native: moecomm.Buffer) -> dict[str, Pair]:
+    """Those of `deep_ep.ElasticBuffer`."""
+    given = case.x, case.topk_idx, case.topk_weights_TK
     by_rank, by_expert = native.dispatch(*given, layout="rank"), native.dispatch(*given)
     elastic: Any = deep_ep.ElasticBuffer(
-        dist.group.WORLD, num_max_tokens_per_rank=len(given[0]), hidden=args.hidden, num_topk=args.top_k
+        dist.group.WORLD, num_max_tokens_per_rank=max(1, setting.tokens), hidden=setting.hidden, num_topk=setting.top_k
     )
-    usual = {"num_experts": args.experts}
-    compact = elastic.dispatch(*given, **usual)
-    expanded = elastic.dispatch(*given, do_expand=True, **usual)
-    assert torch.equal(compact[0], by_rank.x) and torch.equal(expanded[0], by_expert.x)
+    usual = {"num_experts": setting.experts}
+    compact, expanded = elastic.dispatch(*given, **usual), elastic.dispatch(*given, do_expand=True, **usual)
     return {
-        "elastic dispatch": (
-            lambda: native.dispatch(*given, layout="rank"),
-            lambda: elastic.dispatch(*given, **usual),
+        "elastic dispatch": Pair(
+            native=lambda: native.dispatch(*given, layout="rank"), compatible=lambda: elastic.dispatch(*given, **usual)
         ),
-        "elastic combine": (
-            lambda: native.combine(by_rank.x, by_rank.handle),
-            lambda: elastic.combine(compact[0], compact[3]),
+        "elastic combine": Pair(
+            native=lambda: native.combine(by_rank.x, by_rank.handle),
+            compatible=lambda: elastic.combine(compact[0], compact[3]),
         ),
-        "expanded dispatch": (
-            lambda: native.dispatch(*given),
-            lambda: elastic.dispatch(*given, do_expand=True, **usual),
+        "expanded dispatch": Pair(
+            native=lambda: native.dispatch(*given),
+            compatible=lambda: elastic.dispatch(*given, do_expand=True, **usual),
+            layout="expert",
         ),
-        "expanded combine": (
-            lambda: native.combine(by_expert.x, by_expert.handle, weighted=False),
-            lambda: elastic.combine(expanded[0], expanded[3]),
+        "expanded combine": Pair(
+            native=lambda: native.combine(by_expert.x, by_expert.handle, weighted=False),
+            compatible=lambda: elastic.combine(expanded[0], expanded[3]),
+            layout="expert",
         ),
     }
 
 
-def measure(calls: tuple[Call, Call], repeats: int, warmup: int) -> list[Tensor]:
-    """(repeats,) microseconds of each call, the maximum over ranks."""
-    times: list[list[float]] = [[], []]
-    for round_number in range(repeats + warmup):
-        for which in (0, 1) if round_number % 2 else (1, 0):
-            dist.barrier()
-            begin = time.perf_counter()
-            calls[which]()
-            if round_number >= warmup:
-                times[which].append((time.perf_counter() - begin) * 1e6)
-    made = [torch.tensor(part) for part in times]
-    for part in made:
-        dist.all_reduce(part, dist.ReduceOp.MAX)
+def low_latency_pairs(setting: Setting, case: Case, source: moecomm.Buffer) -> dict[str, Pair]:
+    """Those of the low-latency mode; its dispatch lays rows out otherwise, so only the sums can be compared."""
+    alone = source.dispatch(case.x, case.topk_idx, case.topk_weights_TK)
+    buffer: Any = deep_ep.Buffer(dist.group.WORLD)
+    few = case.x, case.topk_idx, max(1, setting.tokens), setting.experts
+    slots, _, handle, _, _ = buffer.low_latency_dispatch(*few, use_fp8=False)
+    return {
+        "low-latency dispatch": Pair(
+            native=lambda: source.dispatch(case.x, case.topk_idx, case.topk_weights_TK),
+            compatible=lambda: buffer.low_latency_dispatch(*few, use_fp8=False),
+            layout="expert",
+            reduce="source",
+        ),
+        "low-latency combine": Pair(
+            native=lambda: source.combine(alone.x, alone.handle),
+            compatible=lambda: buffer.low_latency_combine(slots, case.topk_idx, case.topk_weights_TK, handle),
+            layout="expert",
+            reduce="source",
+        ),
+    }
+
+
+def check(name: str, pair: Pair, ranks: Ranks) -> list[dict[str, Any]]:
+    """Compare what both calls give; for the row of each what has been shown, and its peak memory."""
+    given, facts = [], []
+    for call in pair.calls:
+        with PeakMemory(ranks.device) as peak:
+            given.append(_rows(call()))
+        facts.append({"gate": "by its combine", "peak_memory_bytes": max(ranks.all_gather(peak.bytes))})
+    if name != "low-latency dispatch":
+        assert torch.equal(*given), f"{name}: not what moecomm.Buffer gives"
+        facts = [fact | {"gate": "bit for bit what moecomm.Buffer gives"} for fact in facts]
+    return facts
+
+
+def _rows(given: Any) -> Tensor:
+    rows = given.x if isinstance(given, moecomm.Dispatched) else given[0] if isinstance(given, tuple) else given
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
+    """Check each pair of calls, then time the two in turn."""
+    if ranks.world == 1:
+        raise ValueError("moecomm.deep_ep stands on a process group: start this with torchrun --nproc-per-node RANKS")
+    case = make_case(setting, ranks.rank, ranks.world, ranks.device)
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    with ExitStack() as stack, torch.no_grad():
+        native = stack.enter_context(make_buffer(setting, ranks, "auto"))
+        pairs = normal_pairs(setting, case, native) | elastic_pairs(setting, case, native)
+        if setting.tokens <= setting.options.most_low_latency:
+            source = stack.enter_context(make_buffer(replace(setting, reduce="source"), ranks, "auto"))
+            pairs |= low_latency_pairs(setting, case, source)
+        pairs = {name: pair for name, pair in pairs.items() if setting.options.only in name}
+        if not pairs:
+            raise ValueError(f"--only {setting.options.only}: no call has this in its name")
+        facts = {name: check(name, pair, ranks) for name, pair in pairs.items()}
+        step = stack.enter_context(progress(ranks.rank, "rounds", setting.warmup + setting.repeats))
+        for number in range(setting.warmup + setting.repeats):
+            if number == setting.warmup:
+                times.clear()
+            for name, pair in pairs.items():
+                for path in PATHS if number % 2 else PATHS[::-1]:
+                    times[f"{path}|{name}"].append(ranks.time_us(pair.calls[PATHS.index(path)]))
+            step()
+        transport = native.transport
+    slowest = ranks.slowest(times)
+    recorder = Recorder("deep_ep", setting, ranks, case.ids_of_rank, transport=transport, layout="")
+    rows = []
+    for name, pair in pairs.items():
+        placement, shape = ExpertPlacement.uniform(setting.experts, ranks.world), {"row_bytes": setting.row_bytes}
+        bytes_of = traffic(case.ids_of_rank, placement, layout=pair.layout, reduce=pair.reduce, **shape)
+        of_ranks = bytes_of["combine" if "combine" in name else "dispatch"]
+        for path, of_path in zip(PATHS, facts[name], strict=True):
+            facts_here = {"layout": pair.layout, "reduce": pair.reduce, **of_path}
+            rows.append(recorder.row(path, name, slowest[f"{path}|{name}"], of_ranks, **facts_here))
+    return compared(rows, baseline="moecomm")
+
+
+def needed_bytes(setting: Setting, world: int) -> int:
+    """Bytes per rank: four buffers, and rows that each has given."""
+    return 3 * exchange_bytes(setting, world)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the family, and two more."""
+    shape = {"hidden": [7168], "experts": [64], "top_k": [8]}
+    made = make_parser(__doc__, shape, tokens=[128], repeats=40, warmup=8)
+    made.add_argument("--most-low-latency", type=int, default=256, help="T up to which that mode is measured")
+    made.add_argument("--only", default="", help="measure what has this in its name")
     return made
 
 
-def main() -> None:
-    """Measure, print a table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"hidden": 7168, "experts": 64, "top-k": 8, "repeats": 40, "warmup": 8}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--tokens", default="128", help="T per rank, a comma list (default: %(default)s)")
-    parser.add_argument("--most-low-latency", type=int, default=256, help="T up to which that mode is measured")
-    parser.add_argument("--only", default="", help="measure what has this in its name")
-    parser.add_argument("--out", type=Path, help="write OUT.json")
-    args = parser.parse_args()
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    rows = []
-    with torch.no_grad():
-        for tokens in map(int, args.tokens.split(",")):
-            for name, calls in pairs(args, tokens).items():
-                if args.only not in name:
-                    continue
-                native, ours = measure(calls, args.repeats, args.warmup)
-                row = {
-                    "call": name,
-                    "tokens": tokens,
-                    "native_p50_us": round(float(native.median()), 1),
-                    "deep_ep_p50_us": round(float(ours.median()), 1),
-                    "ratio": round(float(ours.median() / native.median()), 3),
-                    "ratio_of_p20": round(float(ours.quantile(0.2) / native.quantile(0.2)), 3),
-                }
-                rows.append(row)
-                if dist.get_rank() == 0:
-                    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    if args.out is not None and dist.get_rank() == 0:
-        shape = {"world": dist.get_world_size(), "hidden": args.hidden, "experts": args.experts, "top_k": args.top_k}
-        args.out.with_suffix(".json").write_text(json.dumps({**shape, **environment(), "rows": rows}, indent=1) + "\n")
-    dist.barrier()
-    dist.destroy_process_group()
-
+BENCHMARK = Benchmark(
+    name="deep_ep",
+    run_case=run_case,
+    needed_bytes=needed_bytes,
+    takes={  # each call has its layout and reduction; deep_ep chooses the transport and has rows of bfloat16
+        "layout": ("expert",),
+        "reduce": ("rank",),
+        "transport": ("auto",),
+        "dtype": ("bfloat16",),
+        "quant": ("none",),
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(BENCHMARK, parser()))

@@ -45,9 +45,8 @@ def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
     """Check every path, then time them in turn."""
     case = make_case(setting, ranks.rank, ranks.world, ranks.device)
     placement = ExpertPlacement.uniform(setting.experts, ranks.world)
-    bytes_of = traffic(
-        case.ids_of_rank, placement, layout=setting.layout, reduce=setting.reduce, row_bytes=setting.row_bytes
-    )
+    sizes = {"row_bytes": setting.row_bytes, "wire_row_bytes": setting.wire_row_bytes}
+    bytes_of = traffic(case.ids_of_rank, placement, layout=setting.layout, reduce=setting.reduce, **sizes)
     mine = {operation: of_rank[ranks.rank].moved for operation, of_rank in bytes_of.items()}
     roof = Roof(max(mine.values()), ranks.device)
     if reason := why_no_baseline(setting, ranks):
@@ -175,5 +174,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+BENCHMARK = Benchmark(
+    name="dispatch_combine",
+    run_case=run_case,
+    needed_bytes=needed_bytes,
+    takes={"layout": ("expert", "rank")},  # bench_decode.py has "padded"
+)
+
 if __name__ == "__main__":
-    sys.exit(main(Benchmark(name="dispatch_combine", run_case=run_case, needed_bytes=needed_bytes), parser()))
+    sys.exit(main(BENCHMARK, parser()))

@@ -13,10 +13,14 @@ from torch import Tensor
 from bench.options import Setting
 from bench.routing import make_routing
 from moecomm import ExpertPlacement
+from moecomm.quant import dequantize, quantize
 
 
 class DrawnRows(Sequence[Tensor]):
-    """(T, H) rows of any rank, drawn anew each time: every rank can check what it gets without holding them all."""
+    """(T, H) rows of any rank, drawn anew each time: every rank can check what it gets without holding them all.
+
+    Indexing gives what arrives: where rows are quantised on their way, what the reference quantiser makes of them.
+    """
 
     def __init__(self, setting: Setting, world: int, device: torch.device) -> None:
         self._setting, self._world, self._device = setting, world, device
@@ -33,17 +37,27 @@ class DrawnRows(Sequence[Tensor]):
             return [self[i] for i in range(*rank.indices(self._world))]
         if not 0 <= rank < self._world:
             raise IndexError(rank)
+        rows = self.drawn(rank)
+        return rows if self._setting.quant is None else decoded(quantize(rows, self._setting.quant), self._setting)
+
+    def drawn(self, rank: int) -> Tensor:
+        """The rows that a rank sends."""
         generator = torch.Generator().manual_seed(1000 * self._setting.seed + rank)
         shape = (self._setting.tokens, self._setting.hidden)
         return torch.randn(shape, generator=generator).to(self._setting.dtype).to(self._device)
+
+
+def decoded(rows: Tensor | tuple[Tensor, Tensor], setting: Setting) -> Tensor:
+    """Rows as they are, or what quantised ones stand for."""
+    return rows if isinstance(rows, Tensor) else dequantize(*rows, setting.dtype, setting.hidden)
 
 
 @dataclass(frozen=True)
 class Case:
     """The inputs of one rank. expert_scale_E makes the experts differ: expert e multiplies a row by it.
 
-    x: (T, H) rows of this rank. x_of_rank: rows of every rank, `DrawnRows`. topk_idx_of_rank: of every rank (T, K)
-    int64 global expert ids. topk_weights_TK: float32, of this rank.
+    x: (T, H) rows of this rank. x_of_rank: what arrives of every rank's, `DrawnRows`. topk_idx_of_rank: of every rank
+    (T, K) int64 global expert ids. topk_weights_TK: float32, of this rank.
     """
 
     tokens: int
@@ -81,7 +95,7 @@ def make_case(setting: Setting, rank: int, world: int, device: torch.device) -> 
     return Case(
         tokens=setting.tokens,
         rank=rank,
-        x=rows[rank],
+        x=rows.drawn(rank),
         x_of_rank=rows,
         topk_idx_of_rank=[torch.from_numpy(of_rank).to(device) for of_rank in ids],
         topk_weights_TK=weights.to(device),
@@ -108,9 +122,9 @@ def check_dispatch(case: Case, rows_NH: Tensor, placement: ExpertPlacement, path
 
 def check_combine(case: Case, y_TH: Tensor, path: str) -> None:
     """Compare with float64, within four roundings of the row dtype."""
-    unit = torch.finfo(y_TH.dtype).eps / 2
+    unit, x = torch.finfo(y_TH.dtype).eps / 2, case.x_of_rank[case.rank]
     for part in torch.arange(case.tokens, device=y_TH.device).split(128):
-        outputs = case.x[part][:, None] * case.expert_scale_E[case.topk_idx[part]][..., None]
+        outputs = x[part][:, None] * case.expert_scale_E[case.topk_idx[part]][..., None]
         terms = outputs.double() * case.topk_weights_TK[part].double()[..., None]
         error, bound = (y_TH[part].double() - terms.sum(1)).abs(), 4 * unit * terms.abs().sum(1)
         assert (error <= bound).all(), f"{path}: combine is off by {(error - bound).max():.2e} more than it may be"

@@ -12,8 +12,8 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ import torch
 
 import moecomm
 from bench.memory import free_bytes
-from bench.options import Setting, settings
+from bench.options import Setting, refusal, settings
 from bench.ranks import Ranks
 from bench.record import Measurement, environment, percentiles, write
 from bench.routing import max_over_mean, routing_hash
@@ -39,11 +39,13 @@ class Benchmark:
 
     name: the script is `bench/bench_NAME.py`. run_case: measure one setting; its rows, equal on every rank or at least
     right on rank 0. needed_bytes: (setting, W) -> bytes per rank that `run_case` will allocate, computed beforehand.
+    takes: by option the values that it can measure, where these are not all; see `bench.options.refusal`.
     """
 
     name: str
     run_case: Callable[[Setting, Ranks], list[Measurement]]
     needed_bytes: Callable[[Setting, int], int]
+    takes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -151,6 +153,8 @@ def main(benchmark: Benchmark, parser: argparse.ArgumentParser, argv: Sequence[s
 def _run(benchmark: Benchmark, args: argparse.Namespace, ranks: Ranks, kept: list[Measurement]) -> None:
     every = list(settings(args))
     for setting in every:
+        if reason := refusal(setting, benchmark.takes):
+            raise ValueError(reason)
         check_memory(benchmark, setting, ranks)
     for number, setting in enumerate(every, 1):
         note(ranks.rank, f"[{number}/{len(every)}] {benchmark.name}: {setting.case_name(ranks.world)}")

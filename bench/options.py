@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from bench.routing import Skew
 from moecomm.presets import PRESETS, preset_of
+from moecomm.quant import FORMATS, QuantSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -55,6 +57,11 @@ class Setting:
         """Bytes of a row in the dtype of the buffer."""
         return self.hidden * self.dtype.itemsize
 
+    @property
+    def wire_row_bytes(self) -> int:
+        """Bytes of a row as a dispatch sends it."""
+        return QuantSpec.of(self.quant).row_bytes(self.hidden) if self.quant else self.row_bytes
+
     def case_name(self, world: int) -> str:
         """The name under which every run finds this case; a transport is no part of it."""
         shape = f"W={world} T={self.tokens} H={self.hidden} K={self.top_k} E={self.experts} {self.dtype_name}"
@@ -63,16 +70,23 @@ class Setting:
         return f"{shape} {self.layout} {self.reduce}{quant}{skew}"
 
 
-def make_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with the options of the family; a benchmark adds its own, and gives other defaults by name."""
+def make_parser(
+    about: str | None, own_shape: Mapping[str, Sequence[int]] | None = None, **defaults: Any
+) -> argparse.ArgumentParser:
+    """A parser with the options of the family; a benchmark adds its own, and gives other defaults by name.
+
+    own_shape: the `hidden`, `experts` and `top_k` of a benchmark that has no preset of its own; --preset replaces them.
+    """
+    shapes = {name: ",".join(map(str, sizes)) for name, sizes in (own_shape or {}).items()}
+    own = "H {hidden}, E {experts}, K {top_k}".format(**shapes) if shapes else "tiny"
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     shape = parser.add_argument_group("shape")
-    shape.add_argument("--preset", choices=PRESETS, default="tiny", help="H, E and K of a model (default: %(default)s)")
-    shape.add_argument("--hidden", type=_positive, help="H instead of that of the preset")
-    shape.add_argument("--experts", type=_positive, help="E instead of that of the preset")
-    shape.add_argument("--top-k", type=_positive, help="K instead of that of the preset")
+    shape.add_argument("--preset", choices=PRESETS, help=f"H, E and K of a model (default: {own})")
+    shape.add_argument("--hidden", type=_sizes, help="H instead of that of the preset, a comma list")
+    shape.add_argument("--experts", type=_sizes, help="E instead of that of the preset, a comma list")
+    shape.add_argument("--top-k", type=_sizes, help="K instead of that of the preset, a comma list")
     shape.add_argument("--tokens", type=_counts, default=[1, 16, 128, 1024], help="T per rank, a comma list")
     shape.add_argument(
         "--skew", type=_skews, default=[Skew("uniform", 0.0)], help="uniform, zipf:S, hot:P, ratio:R; a comma list"
@@ -82,7 +96,7 @@ def make_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
     how.add_argument("--layout", choices=("expert", "rank", "padded"), default="expert")
     how.add_argument("--reduce", choices=("rank", "source"), default="rank")
     how.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the rows (default: %(default)s)")
-    how.add_argument("--quant", default="none", help="format on the wire: none, or what dispatch(quant=) takes")
+    how.add_argument("--quant", choices=("none", *FORMATS), default="none", help="of rows on the wire (default: none)")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run = parser.add_argument_group("run")
     run.add_argument("--repeats", type=_positive, default=12, help="timed rounds (default: %(default)s)")
@@ -90,31 +104,58 @@ def make_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
     run.add_argument("--seed", type=_count, default=0, help="of routing and rows (default: %(default)s)")
     run.add_argument("--out", type=Path, help="write OUT.csv and OUT.json (cases that are there are replaced)")
     run.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(own_shape=own_shape, **defaults)
     return parser
 
 
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
-    """One setting per number of tokens and skew, the numbers of tokens first."""
-    preset = PRESETS[args.preset]
-    for skew in args.skew:
-        for tokens in args.tokens:
-            yield Setting(
-                hidden=args.hidden or preset.hidden,
-                experts=args.experts or preset.experts,
-                top_k=args.top_k or preset.top_k,
-                tokens=tokens,
-                skew=skew,
-                transports=tuple(args.transport),
-                layout=args.layout,
-                reduce=args.reduce,
-                dtype=DTYPES[args.dtype],
-                quant=None if args.quant == "none" else args.quant,
-                repeats=args.repeats,
-                warmup=args.warmup,
-                seed=args.seed,
-                options=args,
-            )
+    """One setting per skew, shape and number of tokens; the numbers of tokens change first."""
+    model = PRESETS[args.preset or "tiny"]
+    shape: Mapping[str, Sequence[int]] = {name: [getattr(model, name)] for name in ("hidden", "experts", "top_k")}
+    if args.own_shape and not args.preset:
+        shape = args.own_shape
+    each = (getattr(args, name) or shape[name] for name in ("hidden", "experts", "top_k"))
+    for skew, hidden, experts, top_k, tokens in product(args.skew, *each, args.tokens):
+        yield Setting(
+            hidden=hidden,
+            experts=experts,
+            top_k=top_k,
+            tokens=tokens,
+            skew=skew,
+            transports=tuple(args.transport),
+            layout=args.layout,
+            reduce=args.reduce,
+            dtype=DTYPES[args.dtype],
+            quant=None if args.quant == "none" else args.quant,
+            repeats=args.repeats,
+            warmup=args.warmup,
+            seed=args.seed,
+            options=args,
+        )
+
+
+def refusal(setting: Setting, takes: Mapping[str, Sequence[str]]) -> str:
+    """Say which option has a value that a benchmark cannot measure, or nothing.
+
+    takes: by option (layout, reduce, transport, quant, dtype, skew) the values that it can; all where it is not named.
+
+    >>> (setting,) = settings(make_parser("").parse_args(["--tokens", "4", "--layout", "rank"]))
+    >>> refusal(setting, {"layout": ["expert"]})
+    '--layout rank means nothing here; give expert'
+    """
+    given = {
+        "layout": [setting.layout],
+        "reduce": [setting.reduce],
+        "transport": setting.transports,
+        "quant": [setting.quant or "none"],
+        "dtype": [setting.dtype_name],
+        "skew": [setting.skew.kind],
+    }
+    for name, values in takes.items():
+        for value in given[name]:
+            if value not in values:
+                return f"--{name} {value} means nothing here; give {' or '.join(values)}"
+    return ""
 
 
 def _names(text: str) -> list[str]:
@@ -136,6 +177,10 @@ def _count(text: str) -> int:
     if not text.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
+
+
+def _sizes(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
 
 
 def _positive(text: str) -> int:

@@ -13,23 +13,26 @@ from torch import Tensor
 
 import moecomm
 from bench.baseline import baseline_combine, baseline_dispatch
-from bench.case import Case, check_combine, check_dispatch
+from bench.case import Case, check_combine, check_dispatch, decoded
 from bench.memory import PeakMemory
 from bench.options import Setting
 from bench.ranks import Ranks
+
+Rows = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(kw_only=True)
 class Path:
     """One way: dispatch() gives (rows, what combine needs besides), combine(outputs, that) gives (T, H).
 
+    Quantised rows are a pair, codes and scales.
     name, transport: as in `Measurement`. stats: counters of the buffer, if it is ours. gate, peak_memory_bytes: what
     `check` found out.
     """
 
     name: str
     transport: str = ""
-    dispatch: Callable[[], tuple[Tensor, Any]]
+    dispatch: Callable[[], tuple[Rows, Any]]
     combine: Callable[[Tensor, Any], Tensor]
     stats: Callable[[], dict[str, Any]] | None = None
     gate: str = ""
@@ -61,9 +64,8 @@ def make_buffer(setting: Setting, ranks: Ranks, transport: str, **more: Any) -> 
 def moecomm_path(setting: Setting, case: Case, buffer: moecomm.Buffer) -> Path:
     """Ours, over one buffer."""
 
-    def dispatch() -> tuple[Tensor, moecomm.Dispatched]:
+    def dispatch() -> tuple[Rows, moecomm.Dispatched]:
         out = buffer.dispatch(case.x, case.topk_idx, case.topk_weights_TK, layout=setting.layout, quant=setting.quant)
-        assert isinstance(out.x, Tensor)
         return out.x, out
 
     def combine(outputs: Tensor, out: moecomm.Dispatched) -> Tensor:
@@ -117,10 +119,11 @@ def check_paths(setting: Setting, ranks: Ranks, case: Case, paths: Sequence[Path
     for path in paths:
         with PeakMemory(ranks.device) as peak:
             rows, home = path.dispatch()
-            path.outputs = _outputs(setting, case, placement, path, rows, home)
+            path.outputs = _outputs(setting, case, placement, path, decoded(rows, setting), home)
             y = path.combine(path.outputs, home)
         check_combine(case, y, path.label)
-        path.gate = "dispatch bit for bit, " * (setting.layout == "expert") + "combine within 4 roundings of float64"
+        exact = f"dispatch {'as the reference quantises' if setting.quant else 'bit for bit'}, "
+        path.gate = exact * (setting.layout == "expert") + "combine within 4 roundings of float64"
         path.peak_memory_bytes = max(ranks.all_gather(peak.bytes))
     for path in paths[1:]:  # they are all the same
         if torch.equal(path.outputs, paths[0].outputs):

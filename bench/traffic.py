@@ -48,13 +48,21 @@ def count_rows(topk_idx: Sequence[np.ndarray], placement: ExpertPlacement) -> tu
 
 
 def traffic(
-    topk_idx: Sequence[np.ndarray], placement: ExpertPlacement, *, layout: str, reduce: str, row_bytes: int
+    topk_idx: Sequence[np.ndarray],
+    placement: ExpertPlacement,
+    *,
+    layout: str,
+    reduce: str,
+    row_bytes: int,
+    wire_row_bytes: int | None = None,
 ) -> dict[str, list[Traffic]]:
     """Count the bytes of a dispatch and of its combine, for every rank.
 
     Dispatch reads and writes one row per entry (layout "expert") or pair (layout "rank"). Combine with reduce "rank"
     and layout "expert" reads every expert's row, writes one sum per pair, reads those at the source and writes one row
     per token; otherwise the rows come home as they are, so they are read and written once more.
+
+    wire_row_bytes: of a row that dispatch sends, where that is not row_bytes: it is quantised.
 
     >>> t = traffic([np.array([[0, 1], [2, -1]]), np.array([[3, 2]])], ExpertPlacement.uniform(4, 2),
     ...             layout="expert", reduce="rank", row_bytes=2)
@@ -67,22 +75,23 @@ def traffic(
     out = entries if layout == "expert" else pairs
     summed = layout == "expert" and reduce == "rank"
     home = (pairs if summed else out).T  # from expert rank to source rank
+    sent_bytes = row_bytes if wire_row_bytes is None else wire_row_bytes
     results: dict[str, list[Traffic]] = {"dispatch": [], "combine": []}
     for rank, ids in enumerate(topk_idx):
         read_here = entries[:, rank].sum() if summed else home[rank].sum()
         rows = int(read_here + home[rank].sum() + home[:, rank].sum() + len(ids))
-        for name, sent, least, moved in (
-            ("dispatch", out[rank], pairs[rank], int(out[rank].sum()) * row_bytes),
-            ("combine", home[rank], pairs[:, rank], rows * row_bytes // 2),
+        for name, size, sent, least, moved in (
+            ("dispatch", sent_bytes, out[rank], pairs[rank], int(out[rank].sum()) * (row_bytes + sent_bytes) // 2),
+            ("combine", row_bytes, home[rank], pairs[:, rank], rows * row_bytes // 2),
         ):
             here, least_here = int(sent[rank]), int(least[rank])
             rows_remote, least_remote = int(sent.sum()) - here, int(least.sum()) - least_here
             results[name].append(
                 Traffic(
-                    local=here * row_bytes,
-                    remote=rows_remote * row_bytes,
-                    dedup_local=least_here * row_bytes,
-                    dedup_remote=least_remote * row_bytes,
+                    local=here * size,
+                    remote=rows_remote * size,
+                    dedup_local=least_here * size,
+                    dedup_remote=least_remote * size,
                     moved=moved,
                 )
             )

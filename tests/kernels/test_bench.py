@@ -15,7 +15,7 @@ from bench.record import read
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--tokens", "3", "--hidden", "32", "--top-k", "2", "--world", "2", "--experts", "4", "--iterations", "1"]
+TINY = ["--tokens", "3", "--hidden", "32", "--top-k", "2", "--world", "2", "--experts", "4", "--repeats", "1"]
 KERNELS = {"layout", "receive", "permute", "unpermute", "quantize", "reduce", "push_reduced", "push", "push_quantized"}
 
 
@@ -24,7 +24,7 @@ def bench(interpret: str, *options: str) -> str:
     command = [sys.executable, "-W", "ignore", "bench/bench_kernels.py", *options]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return result.stdout + result.stderr
 
 
 @pytest.mark.timeout(330)
@@ -42,6 +42,7 @@ def test_every_kernel_is_timed_against_a_copy(tmp_path: Path) -> None:
     (push,) = (row for row in rows if row.operation == "push" and row.path == "moecomm")
     (home,) = (row for row in rows if row.operation == "push_quantized" and row.path == "moecomm")
     assert push.bytes_moved > home.bytes_moved and push.extras["launch_us"]
+    assert push.gate == "bit for bit" and push.ratio is None and len(push.routing_hash) == 12 and push.world == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

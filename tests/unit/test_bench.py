@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,11 +130,58 @@ def test_two_ranks_run_the_memory_check() -> None:
     assert "100.00 %" in text and "20 iterations" in text
 
 
+def test_two_ranks_measure_what_deep_ep_costs(tmp_path: Path) -> None:
+    options = ["--preset", "tiny", "--tokens", "5", "--repeats", "1", "--warmup", "0", "--out", str(tmp_path / "costs")]
+    run("bench_deep_ep.py", *options)
+    rows = read([tmp_path / "costs.json"])
+    by_path = {path: {row.operation: row for row in rows if row.path == path} for path in ("moecomm", "deep_ep")}
+    assert by_path["moecomm"].keys() == by_path["deep_ep"].keys() and len(by_path["deep_ep"]) == 10
+    for operation, row in by_path["deep_ep"].items():
+        native = by_path["moecomm"][operation]
+        assert native.ratio == 1.0 and row.ratio == pytest.approx(native.p50_us / row.p50_us, rel=0.01)
+        assert row.gate and row.bytes_moved == native.bytes_moved > 0 and row.peak_memory_bytes
+
+
+def test_a_rank_that_dies_leaves_the_finished_cases_and_a_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "partial"
+    script = tmp_path / "bench_dispatch_combine.py"
+    script.write_text(DIES)
+    small = ["--preset", "tiny", "--tokens", "4,8,16", "--repeats", "1", "--warmup", "0", "--out", str(out)]
+    done = launch(script, *small)
+    assert done.returncode != 0
+    assert re.search(r"bench_dispatch_combine\.py: error: rank 0: .*lost|gone|ended|told to end", done.stderr), (
+        done.stderr
+    )
+    assert "The rows of 1 finished case are in" in done.stderr
+    assert {row.tokens for row in read([out.with_suffix(".json")])} == {4}
+
+
+DIES = f"""
+import os, signal, sys
+from dataclasses import replace
+sys.path.insert(0, {str(ROOT)!r})
+from bench.bench_dispatch_combine import BENCHMARK, parser, run_case
+from bench.harness import main
+
+def dies(setting, ranks):
+    if ranks.rank == 1 and setting.tokens == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_case(setting, ranks)
+
+sys.exit(main(replace(BENCHMARK, run_case=dies), parser()))
+"""
+
+
 def run(script: str, *options: str) -> str:
     """Standard output of a script on two ranks."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(ROOT / "bench" / script), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    done = launch(ROOT / "bench" / script, *options)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def launch(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run a script on two ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, str(script), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)

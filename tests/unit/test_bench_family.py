@@ -7,23 +7,28 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench.bench_dispatch_combine import needed_bytes, parser, run_case
-from bench.harness import Benchmark, main
+from bench import bench_check, bench_decode, bench_deep_ep, bench_kernels, bench_moe_layer
+from bench.bench_dispatch_combine import BENCHMARK, needed_bytes, parser, run_case
+from bench.harness import main
 from bench.options import Setting, make_parser, settings
 from bench.ranks import Ranks
 from bench.record import Measurement, ResultsError, read
 from bench.routing import Skew, make_routing, max_over_mean, routing_hash
 from moecomm.presets import PRESETS
+from moecomm.quant import QuantSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+OURS_OUT = ("moecomm", "dispatch")
 RunHere = Callable[[Callable[[Setting, Ranks], list[Measurement]], list[str]], tuple[int, str, str]]
 
 
@@ -35,7 +40,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     monkeypatch.setattr("bench.ranks.torch.set_num_threads", lambda number: None)
 
     def run(case: Callable[[Setting, Ranks], list[Measurement]], options: list[str]) -> tuple[int, str, str]:
-        benchmark = Benchmark(name="dispatch_combine", run_case=case, needed_bytes=needed_bytes)
+        benchmark = replace(BENCHMARK, run_case=case)
         try:
             code = main(benchmark, parser(), options)
         except SystemExit as end:
@@ -99,6 +104,37 @@ def test_presets_are_those_of_the_models() -> None:
     }
 
 
+def test_a_shape_of_its_own_gives_way_to_a_preset() -> None:
+    own = make_parser("", {"hidden": [64, 32], "experts": [4], "top_k": [1, 2]}, tokens=[1, 2])
+    shapes = [(s.hidden, s.top_k, s.tokens) for s in settings(own.parse_args([]))]
+    assert shapes == [(h, k, t) for h in (64, 32) for k in (1, 2) for t in (1, 2)]
+    (given,) = settings(own.parse_args(["--preset", "mixtral-8x7b", "--tokens", "3", "--top-k", "1"]))
+    assert (given.hidden, given.experts, given.top_k) == (4096, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "says"),
+    [
+        (bench_decode, ["--layout", "rank"], "--layout rank means nothing here; give padded"),
+        (bench_decode, ["--reduce", "rank"], "--reduce rank means nothing here; give source"),
+        (bench_moe_layer, ["--quant", "int8"], "--quant int8 means nothing here; give none"),
+        (bench_check, ["--quant", "fp8"], "--quant fp8 means nothing here; give none"),
+        (bench_deep_ep, ["--transport", "mpi"], "--transport mpi means nothing here; give auto"),
+        (bench_deep_ep, [], "moecomm.deep_ep stands on a process group: start this with torchrun"),
+        (bench_kernels, ["--transport", "collective"], "--transport collective means nothing here; give auto or symm"),
+        (bench_kernels, ["--experts", "9"], "--experts 9 cannot be spread evenly over --world 8"),
+        (bench_kernels, ["--tokens", "0"], "--tokens 0: a kernel needs rows"),
+    ],
+)
+def test_what_a_benchmark_cannot_measure_is_refused(
+    module: Any, options: list[str], says: str, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(module.BENCHMARK, module.parser(), ["--hidden", "16", "--top-k", "2", "--experts", "8", *options])
+    err = capsys.readouterr().err
+    assert f"bench_{module.BENCHMARK.name}.py: error: {says}" in err and "Traceback" not in err
+
+
 def test_settings_are_every_skew_and_number_of_tokens() -> None:
     args = make_parser("").parse_args(["--preset", "mixtral-8x7b", "--tokens", "1,16", "--skew", "uniform,hot:0.5"])
     made = list(settings(args))
@@ -140,6 +176,9 @@ def test_the_memory_needed_is_computed() -> None:
     [
         (["--preset", "gpt-5"], 2, "invalid choice: 'gpt-5'"),
         (["--tokens", "1,x"], 2, "'x' is no whole number"),
+        (["--hidden", "64,0"], 2, "'0' is not at least 1"),
+        (["--quant", "fp9"], 2, "invalid choice: 'fp9'"),
+        (["--layout", "padded"], 1, "--layout padded means nothing here; give expert or rank$"),
         (["--skew", "ratio:9"], 1, "the ratio is at most 4$"),
         (["--transport", "pigeon"], 1, "pigeon"),
         (["--tokens", "100000000", "--hidden", "7168"], 1, "needs about .* GB on one machine, .* fewer --tokens"),
@@ -166,6 +205,38 @@ def test_the_rows_of_finished_cases_are_kept(tmp_path: Path, run_here: RunHere) 
     assert code == 1
     assert "rank 0: AssertionError: a wrong row. The rows of 1 finished case are in" in err
     assert {row["tokens"] for row in json.loads(out.with_suffix(".json").read_text())["rows"]} == {4}
+
+
+@pytest.mark.parametrize("quant", ["fp8", "int8", "logfmt10"])
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_quantised_rows_are_measured(quant: str, layout: str, run_here: RunHere) -> None:
+    options = ["--tokens", "4", "--repeats", "1", "--warmup", "0", "--json", "--quant", quant, "--layout", layout]
+    code, out, err = run_here(run_case, options)
+    assert code == 0 and "no baseline: the frameworks' path" in err
+    (row,) = (r for r in json.loads(out) if (r["path"], r["operation"]) == OURS_OUT)
+    assert row["quant"] == quant and ("as the reference quantises" in row["gate"]) == (layout == "expert")
+    sent = row["bytes_local"]
+    assert sent and sent % QuantSpec.of(quant).row_bytes(512) == 0
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8"])
+def test_decode_measures_every_transport(quant: str, run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset", "tiny", "--tokens", "0,4", "--repeats", "1", "--warmup", "0", "--json", "--quant", quant]
+    assert main(bench_decode.BENCHMARK, bench_decode.parser(), options) == 0
+    rows = [Measurement(**row) for row in json.loads(capsys.readouterr().out)]
+    paths = {"moecomm", "moecomm zero copy", "memcpy"} | ({"baseline"} if quant == "none" else set())
+    assert {row.path for row in rows} == paths
+    assert all(row.gate and row.peak_memory_bytes for row in rows if row.path != "memcpy")
+
+
+def test_the_levels_of_checks_are_measured(run_here: RunHere, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset", "tiny", "--tokens", "4", "--repeats", "1", "--warmup", "0", "--json"]
+    assert main(bench_check.BENCHMARK, bench_check.parser(), options) == 0
+    rows = [Measurement(**row) for row in json.loads(capsys.readouterr().out)]
+    assert {(row.path, row.operation) for row in rows} == {
+        (f"check {level}", operation) for level in ("off", "cheap", "full") for operation in ("dispatch", "combine")
+    }
+    assert all(row.ratio for row in rows)
 
 
 def test_rows_come_as_json(run_here: RunHere) -> None:
