@@ -19,8 +19,8 @@ from moecomm.deep_ep.config import Config
 from moecomm.deep_ep.events import EventHandle, EventOverlap, begin_after, finished
 from moecomm.deep_ep.handles import LazyTuple, Route, internode_handle, nodes_of, normal_handle
 from moecomm.deep_ep.low_latency import LowLatencyMode
-from moecomm.deep_ep.parcels import Arrived, Parcel, at_least, count_experts, experts_of, summed_bias
-from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_streams, demand_tensor
+from moecomm.deep_ep.parcels import Arrived, Parcel, at_least, count_experts, experts_of, padded_sums, summed_bias
+from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_count, demand_streams, demand_tensor
 from moecomm.deep_ep.wire import Space, Wire
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import PlacementTables, first_bad_entry, plan_send
@@ -83,12 +83,7 @@ class Buffer(LowLatencyMode):
                 got=value,
                 expected=expected,
             )
-        demand(
-            isinstance(num_nvl_peers, int) and num_nvl_peers > 0,
-            "num_nvl_peers is no count",
-            got=num_nvl_peers,
-            expected=1,
-        )
+        demand_count("num_nvl_peers", num_nvl_peers)
         self.group = group
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
@@ -182,12 +177,7 @@ class Buffer(LowLatencyMode):
         node, None where there is one; (E,) int32 choices per expert; (T, R) bool; and an event.
         """
         demand_streams(previous_event, async_finish, allocate_on_comm_stream)
-        demand(
-            isinstance(num_experts, int) and num_experts > 0,
-            "num_experts is no count",
-            got=num_experts,
-            expected=">= 1",
-        )
+        demand_count("num_experts", num_experts)
         idx = demand_tensor("topk_idx", topk_idx, None, None, dtypes=INDEX_DTYPES).contiguous()
         idx = idx if idx.dtype in (torch.int32, torch.int64) else idx.int()
         bad = first_bad_entry(idx, num_experts)
@@ -234,7 +224,7 @@ class Buffer(LowLatencyMode):
             x: (T, H) rows of any dtype, or ((T, H) rows, (T, S) scales of 4 bytes with any strides).
             handle: replay the routing of an earlier dispatch; everything about the routing is then left out.
             is_token_in_rank, num_tokens_per_expert, num_tokens_per_rank: as `get_dispatch_layout` gave them.
-            topk_idx, topk_weights: (T, K) to send along, both or neither.
+            topk_idx, topk_weights: (T, K) to send along, both or neither (which costs a message about the counts).
             expert_alignment: what the counts are rounded up to; the rows are not.
             num_worst_tokens: rows of the result, where N is not to be known on the host; 0: N rows.
             num_tokens_per_rdma_rank, config: no effect, but for the number of channels in a handle.
@@ -269,16 +259,11 @@ class Buffer(LowLatencyMode):
         channels = (self.num_sms if config is None else config.num_sms) // 2
         parcel = Parcel.of(x, topk_idx, topk_weights, num_channels=max(1, channels))
         demand_tensor("num_tokens_per_rank", num_tokens_per_rank, self.group_size)
-        num_experts = len(demand_tensor("num_tokens_per_expert", num_tokens_per_expert, None))
+        per_expert = demand_tensor("num_tokens_per_expert", num_tokens_per_expert, None)
         in_rank = demand_tensor(
             "is_token_in_rank", is_token_in_rank, len(parcel.x), self.group_size, dtypes=(torch.bool,)
         )
-        demand(
-            isinstance(expert_alignment, int) and expert_alignment > 0,
-            "expert_alignment is no count",
-            got=expert_alignment,
-            expected=">= 1",
-        )
+        demand_count("expert_alignment", expert_alignment)
         demand(
             not num_worst_tokens or topk_idx is not None,
             "num_worst_tokens needs topk_idx",
@@ -304,7 +289,7 @@ class Buffer(LowLatencyMode):
             if self.group_size <= self._ranks_per_node
             else internode_handle(route, self._ranks_per_node)
         )
-        idx, weights, counts = self._choices(arrived, num_experts, expert_alignment, worst, topk_idx)
+        idx, weights, counts = self._choices(arrived, per_expert, expert_alignment, worst, topk_idx)
         return recv_x, idx, weights, counts, made, finished(async_finish)
 
     @torch.no_grad()
@@ -335,7 +320,7 @@ class Buffer(LowLatencyMode):
         demand_streams(previous_event, async_finish, allocate_on_comm_stream)
         route = self._route(handle)
         rows = self._rows("x", x, route)
-        added = summed_bias(bias, len(route.is_token_in_rank), x.shape[1])
+        added = summed_bias(bias, len(route.given), x.shape[1])
         weights = None if topk_weights is None else self._rows("topk_weights", topk_weights.float(), route)
         begin_after(previous_event)
         combined = self._wire.combine(route.space, rows, route.handle, bias=added)
@@ -354,17 +339,18 @@ class Buffer(LowLatencyMode):
         return self.combine(*args, **kwargs)
 
     def _choices(
-        self, arrived: Arrived, num_experts: int, align: int, worst: int | None, topk_idx: Tensor | None
+        self, arrived: Arrived, per_expert: Tensor, align: int, worst: int | None, topk_idx: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, list[int]]:
-        """Local ids, weights and aligned counts of what arrived; without choices there is nothing to count."""
+        """Local ids, weights, aligned counts of what arrived; without choices ranks tell each other the counts."""
+        first, num_local = experts_of(len(per_expert), self.group_size, self.rank)
         if topk_idx is None:
-            return None, None, []
-        first, num_local = experts_of(num_experts, self.group_size, self.rank)
+            told = self._wire.told(per_expert.int())[:, first : first + num_local].sum(0)
+            return None, None, padded_sums(told.tolist(), align)[0]
         local = arrived.localise(first, num_local)
         assert arrived.topk_weights is not None
         weights = arrived.topk_weights.masked_fill(local < 0, 0.0)
         if worst is None:
-            counts = [-(-count // align) * align for count in count_experts(local, num_local).tolist()]
+            counts = padded_sums(count_experts(local, num_local).tolist(), align)[0]
             return local.to(topk_idx.dtype), weights, counts
         idx, here = at_least(local, worst).to(topk_idx.dtype), len(local)
         idx[here:] = -1
@@ -374,7 +360,7 @@ class Buffer(LowLatencyMode):
 
     def _replay(self, parcel: Parcel, route: Route) -> Any:
         """Send rows along a route; in as many rows as its dispatch gave."""
-        num_tokens = len(route.is_token_in_rank)
+        num_tokens = len(route.given)
         demand(
             len(parcel.x) == num_tokens, "x does not fit the handle", got=f"{len(parcel.x)} tokens", expected=num_tokens
         )

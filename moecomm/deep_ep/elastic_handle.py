@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -119,13 +119,3 @@ def highest_lanes(rank_TK: Tensor, num_ranks: int) -> Tensor:
     last_TR = lane_K.new_full((num_tokens, num_ranks + 1), -1)
     last_TR.scatter_reduce_(1, column, lane_K.expand(num_tokens, top_k), "amax")
     return torch.where(last_TR.gather(1, column) == lane_K, rank_TK, -1)
-
-
-def padded_sums(counts: Any, align: int) -> tuple[list[int], list[int]]:
-    """Counts rounded up, and where each group begins.
-
-    >>> padded_sums([3, 0, 5], 4)
-    ([4, 0, 8], [0, 4, 4])
-    """
-    padded = [-(-int(count) // align) * align for count in counts]
-    return padded, [sum(padded[:i]) for i in range(len(padded))]

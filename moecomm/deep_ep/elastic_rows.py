@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from moecomm import DispatchHandle, ExpertPlacement
-from moecomm.deep_ep.elastic_handle import EPHandle, Route, highest_lanes, padded_sums
-from moecomm.deep_ep.parcels import Parcel, at_least, count_experts, experts_of
+from moecomm.deep_ep.elastic_handle import EPHandle, Route, highest_lanes
+from moecomm.deep_ep.parcels import Parcel, at_least, count_experts, experts_of, padded_sums
 from moecomm.deep_ep.refusals import FLOATS, demand, demand_tensor
 from moecomm.deep_ep.wire import Space, Wire, own_weights, per_token, room_for
 from moecomm.plan import first_bad_entry

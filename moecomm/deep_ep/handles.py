@@ -20,14 +20,15 @@ class Route:
     """What a normal dispatch knows. T tokens, R ranks, N rows received, C channels.
 
     handle: of the `moecomm.Buffer` that carried the rows. origin: (N, 2) int32 token and channel at the source.
-    is_token_in_rank: (T, R) bool. num_rows: of the tensor that the caller got, N or num_worst_tokens.
+    given: (T, R) bool, the caller's own is_token_in_rank. num_rows: of the tensor that the caller got, N or
+    num_worst_tokens.
     """
 
     space: Space
     handle: DispatchHandle
     rank: int
     origin: Tensor
-    is_token_in_rank: Tensor
+    given: Tensor
     num_channels: int
     num_rows: int
     combined: bool = False
@@ -35,7 +36,12 @@ class Route:
     @property
     def num_ranks(self) -> int:
         """R."""
-        return self.is_token_in_rank.shape[1]
+        return self.given.shape[1]
+
+    @property
+    def is_token_in_rank(self) -> Tensor:
+        """(T, R) bool as it was dispatched, whatever has become of the caller's tensor."""
+        return self.handle.pair_pos >= 0
 
     def received(self) -> Tensor:
         """(R,) int64 rows that came from each rank."""
@@ -113,7 +119,7 @@ def normal_handle(route: Route) -> LazyTuple:
         lambda: route.channels_of(route.is_token_in_rank),
         route.channels_received,
         lambda: route.origin[:, 0].contiguous(),
-        lambda: route.is_token_in_rank,
+        lambda: route.given,
         lambda: route.heads(route.is_token_in_rank),
     )
     return LazyTuple(makers, route)
@@ -121,7 +127,7 @@ def normal_handle(route: Route) -> LazyTuple:
 
 def internode_handle(route: Route, ranks_per_node: int) -> LazyTuple:
     """The ten items that DeepEP has of several nodes; -1 for what concerns its forwarders: there are none."""
-    device, in_rank = route.origin.device, route.is_token_in_rank
+    device = route.origin.device
     num_nodes = -(-route.num_ranks // ranks_per_node)
 
     def none(*shape: int) -> Tensor:
@@ -135,15 +141,15 @@ def internode_handle(route: Route, ranks_per_node: int) -> LazyTuple:
         return meta.view(torch.uint8)
 
     makers = (
-        lambda: in_rank,
-        lambda: route.channels_of(nodes_of(in_rank, ranks_per_node)),
-        lambda: route.channels_of(in_rank),
+        lambda: route.given,
+        lambda: route.channels_of(nodes_of(route.is_token_in_rank, ranks_per_node)),
+        lambda: route.channels_of(route.is_token_in_rank),
         lambda: none(num_nodes, route.num_channels),
         lambda: none(num_nodes),
         route.channels_received,
         lambda: route.received().cumsum(0).to(device, torch.int32),
         source_meta,
-        lambda: route.heads(nodes_of(in_rank, ranks_per_node)),
+        lambda: route.heads(nodes_of(route.is_token_in_rank, ranks_per_node)),
         lambda: none(num_nodes, ranks_per_node),
     )
     return LazyTuple(makers, route)

@@ -16,14 +16,12 @@ from torch import Tensor
 from moecomm import Dispatched, Pending
 from moecomm.deep_ep.crew import Crew
 from moecomm.deep_ep.events import EventOverlap, finished
+from moecomm.deep_ep.fp8 import encode
 from moecomm.deep_ep.parcels import experts_of
-from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_tensor, unsupported
+from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_count, demand_tensor, unsupported
 from moecomm.deep_ep.shipments import LowLatencyHandle, Received, Shipment
 from moecomm.deep_ep.wire import Space, Wire
 from moecomm.memory.device import moves_by_kernels
-from moecomm.quant import QuantSpec, quantize
-
-_SCALES = "float32", "power_of_two", "ue8m0"
 
 Hook = Callable[[], None]
 
@@ -40,9 +38,9 @@ class LowLatencyMode:
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing is left over that would have to be cleaned, whatever the normal mode did."""
-        _count("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
-        _count("hidden", hidden)
-        _count("num_experts", num_experts)
+        demand_count("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
+        demand_count("hidden", hidden)
+        demand_count("num_experts", num_experts)
 
     @torch.no_grad()
     def low_latency_dispatch(
@@ -81,7 +79,9 @@ class LowLatencyMode:
         """
         if use_nvfp4 or x_global_scale is not None:
             raise unsupported("use_nvfp4")
-        num_max, num_experts = _count("num_max", num_max_dispatch_tokens_per_rank), _count("num_experts", num_experts)
+        num_max = num_max_dispatch_tokens_per_rank
+        demand_count("num_max", num_max)
+        demand_count("num_experts", num_experts)
         demand_tensor("x", x, None, None, dtypes=FLOATS)
         demand(len(x) <= num_max, "too many tokens", got=len(x), expected=f"at most {num_max}", remedy="raise num_max")
         demand_tensor("topk_idx", topk_idx, len(x), None, dtypes=INDEX_DTYPES)
@@ -92,21 +92,21 @@ class LowLatencyMode:
         idx = self._crew.without_masked(topk_idx if topk_idx.dtype.itemsize >= 4 else topk_idx.int(), num_experts)
         rows, scales = x.detach(), None
         if use_fp8:
-            rows, scales = quantize(x, QuantSpec(scales=_SCALES[max(2 * use_ue8m0, round_scale)]))
-            scales = _packed_exponents(scales) if use_ue8m0 else scales
+            rows, scales = encode(x, round_scale, use_ue8m0)
         token = torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
         beside = token if scales is None else torch.cat([token, scales.view(torch.int32)], 1)
         num_slots = num_max * self.group_size
-        # With groups of a fixed size rows are written where the caller wants them; else they are copied there.
-        is_fixed = not (return_recv_hook or self._crew.masked is not None or moves_by_kernels(x.device))
+        # Rows are written where the caller wants them, unless those of somebody are left out, or come later.
+        stays = not (return_recv_hook or self._crew.masked is not None or moves_by_kernels(x.device))
         shipment = Shipment(idx.clone(), num_experts, num_max, num_slots)
-        mask = None if is_fixed else self._crew.masked
+        mask = None if self._crew.masked is None else self._crew.mask.clone()
         make_room = partial(Received.room_for, num_local, num_slots, self.group_size, rows, scales)
-        room = None if is_fixed else make_room()
+        room = None if stays else make_room()
 
         def begin() -> Pending[Dispatched]:
             space, routing = self._routed(shipment)
-            align = -num_slots if room is None and space.placement is None else 1
+            in_groups = space.placement is None and not moves_by_kernels(x.device)  # of a fixed size, on all ranks
+            align = -num_slots if in_groups else 1
             return self._wire.dispatch_async(space, rows, beside, routing, None, layout="expert", align=align)
 
         arrive = self._crew.start(begin, dispatch_wait_recv_cost_stats)
@@ -115,11 +115,11 @@ class LowLatencyMode:
             out = arrive()
             counts = self._crew.my_counts(out.handle.expert_counts, num_experts)
             shipment.arrived(self._routed(shipment)[0], out.handle, counts, mask, self._wire.losses)
-            if shipment.is_fixed:
+            if room is None and shipment.is_fixed:
                 got = Received.where_it_is(out, counts, num_slots, None if scales is None else scales.dtype)
             else:
                 got = make_room() if room is None else room
-                got.fill(out, counts, shipment.slots(), mask)
+                got.fill(out, shipment)
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(got.count)
             return got
@@ -254,21 +254,11 @@ class LowLatencyMode:
         self._crew.take_back()
 
 
-def _packed_exponents(scales: Tensor) -> Tensor:
-    """(T, ceil(G / 4)) int32: four exponents each, the lowest byte first, zeros behind the last."""
-    return torch.nn.functional.pad(scales.view(torch.uint8), (0, -scales.shape[1] % 4)).view(torch.int32)
-
-
 def _shipment(handle: Any) -> Shipment:
     what, got = "handle is none of a low-latency dispatch", type(handle).__name__
     demand(isinstance(handle, LowLatencyHandle), what, got=got, expected="what low_latency_dispatch() gave")
     shipment: Shipment = handle.shipment
     return shipment
-
-
-def _count(name: str, value: Any) -> int:
-    demand(isinstance(value, int) and value > 0, f"{name} is no count", got=repr(value), expected="at least 1")
-    return int(value)
 
 
 def _one_way(async_finish: bool, return_recv_hook: bool) -> None:

@@ -123,6 +123,16 @@ def count_experts(local_NK: Tensor, num_local: int) -> Tensor:
     return torch.bincount((local_NK + 1).view(-1), minlength=num_local + 1)[1:]
 
 
+def padded_sums(counts: Any, align: int) -> tuple[list[int], list[int]]:
+    """Counts rounded up, and where each group begins.
+
+    >>> padded_sums([3, 0, 5], 4)
+    ([4, 0, 8], [0, 4, 4])
+    """
+    padded = [-(-int(count) // align) * align for count in counts]
+    return padded, [sum(padded[:i]) for i in range(len(padded))]
+
+
 def at_least(rows: Tensor, num_rows: int | None) -> Tensor:
     """Rows in a tensor of exactly num_rows, what follows them uninitialised; as they are if None."""
     if num_rows is None or num_rows == len(rows):

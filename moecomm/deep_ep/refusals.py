@@ -26,6 +26,11 @@ def demand(holds: bool, what: str, *, got: object, expected: object, remedy: str
         raise ConfigError(what, got=got, expected=expected, remedy=remedy)
 
 
+def demand_count(name: str, value: Any) -> None:
+    """Refuse what is no integer of at least 1."""
+    demand(isinstance(value, int) and value > 0, f"{name} is no count", got=repr(value), expected="at least 1")
+
+
 def demand_tensor(name: str, value: Any, *shape: int | None, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
     """Refuse what is no tensor of that shape (None: any length) and one of those dtypes."""
     demand(isinstance(value, Tensor), f"{name} is no tensor", got=type(value).__name__, expected="a torch.Tensor")

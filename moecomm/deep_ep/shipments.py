@@ -56,8 +56,7 @@ class Shipment:
     def arrived(self, space: Space, handle: DispatchHandle, counts: Tensor, mask: Tensor | None, losses: int) -> None:
         """Note what the dispatch brought."""
         self.space, self.handle, self.counts, self.losses = space, handle, counts, losses
-        self.is_fixed = handle.align < 0
-        self.mask = None if self.is_fixed or mask is None else mask.clone()
+        self.is_fixed, self.mask = handle.align < 0, mask
 
     def rerouted(self, space: Space, handle: DispatchHandle, members: tuple[int, ...], losses: int) -> None:
         """Go on with the handle of the same routing among the ranks that are left."""
@@ -86,27 +85,24 @@ class Shipment:
         if self.kept is not None:
             return self.kept
         assert self.counts is not None
-        counts = self.counts
-        shown = counts if self.mask is None else counts.masked_fill(self.mask.bool(), 0)
-        base = shown.cumsum(1) - shown + torch.arange(len(counts))[:, None] * self.num_slots
-        run = torch.repeat_interleave(torch.arange(counts.numel()), counts.flatten())
-        starts = counts.flatten().cumsum(0) - counts.flatten()
-        slots = base.flatten()[run] + torch.arange(len(run)) - starts[run]
-        return torch.where(shown.flatten()[run] > 0, slots, -1)
+        return _slots(self.counts, self.num_slots, self.mask)
+
+    def came_at(self) -> Tensor:
+        """(N,) int64 where the rows that came lie in the `moecomm.Buffer`."""
+        assert self.counts is not None
+        return _slots(self.counts, self.num_slots) if self.is_fixed else torch.arange(int(self.counts.sum()))
 
     def rows_of(self, x: Tensor) -> Tensor:
         """The rows to lead home of (L, R * M, H) expert outputs."""
-        flat = _flat(x)
-        if self.is_fixed and flat.is_contiguous():
+        flat = flattened(x)
+        if self.is_fixed and self.mask is None and flat.is_contiguous():
             return flat
-        slots = self.slots().to(x.device)
-        rows = torch.empty(len(slots), x.shape[2], dtype=x.dtype, device=x.device)
-        copy_rows(rows, flat, slots)
-        if not self.is_fixed:
-            return rows
-        placed = empty_rows(len(flat), x.shape[2], x.dtype, x.device)
-        copy_rows(placed, rows, torch.arange(len(slots), device=x.device), slots)
-        return placed
+        slots, at = self.slots().to(x.device), self.came_at().to(x.device)
+        rows = empty_rows(len(flat) if self.is_fixed else len(slots), x.shape[2], x.dtype, x.device)
+        shown = slots >= 0
+        rows[at[~shown]] = 0  # of ranks that are left out, who want nothing either
+        copy_rows(rows, flat, slots[shown], at[shown])
+        return rows
 
 
 @final
@@ -143,24 +139,33 @@ class Received:
         begin = counts.cumsum(1) - counts
         return cls(rows, scales, out.tokens_per_expert, beside[:, :, 0].contiguous(), begin << 32 | counts)
 
-    def fill(self, out: Dispatched, counts: Tensor, slots: Tensor, mask: Tensor | None) -> None:
-        """Put what came in its place; slots: of every row that came, -1 of those that are left out."""
+    def fill(self, out: Dispatched, shipment: Shipment) -> None:
+        """Put what came in its place, but for rows of ranks that are left out."""
+        assert shipment.counts is not None
         num_slots = self.info.shape[1]
-        rows, beside = out.x
-        shown = counts if mask is None else counts.masked_fill(mask.bool(), 0)
-        self.count.copy_(shown.sum(1))
-        self.ranges.copy_((shown.cumsum(1) - shown) << 32 | shown)
-        slots = slots.to(rows.device)
-        every = torch.arange(len(slots), device=rows.device)
-        copy_rows(self.x.view(-1, self.x.shape[2]), rows, every, slots)
-        kept = slots >= 0
-        self.info.view(-1)[slots[kept]] = beside[kept, 0]
+        (rows, beside), mask = out.x, shipment.mask
+        counts = shipment.counts if mask is None else shipment.counts.masked_fill(mask.bool(), 0)
+        self.count.copy_(counts.sum(1))
+        self.ranges.copy_((counts.cumsum(1) - counts) << 32 | counts)
+        slots, at = shipment.slots().to(rows.device), shipment.came_at().to(rows.device)
+        slots, at = slots[slots >= 0], at[slots >= 0]
+        copy_rows(self.x.view(-1, self.x.shape[2]), rows, at, slots)
+        self.info.view(-1)[slots] = beside[at, 0]
         if self.scales is not None:
-            expert, slot = slots[kept] // num_slots, slots[kept] % num_slots
-            self.scales[expert, slot] = beside[kept, 1:].view(self.scales.dtype)
+            self.scales[slots // num_slots, slots % num_slots] = beside[at, 1:].view(self.scales.dtype)
 
 
-def _flat(x: Tensor) -> Tensor:
+def _slots(counts: Tensor, num_slots: int, mask: Tensor | None = None) -> Tensor:
+    """(N,) int64 place of every row: those of expert e from e * num_slots on, by source; -1 if its rank is masked."""
+    shown = counts if mask is None else counts.masked_fill(mask.bool(), 0)
+    base = shown.cumsum(1) - shown + torch.arange(len(counts))[:, None] * num_slots
+    run = torch.repeat_interleave(torch.arange(counts.numel()), counts.flatten())
+    starts = counts.flatten().cumsum(0) - counts.flatten()
+    slots = base.flatten()[run] + torch.arange(len(run)) - starts[run]
+    return slots if mask is None else torch.where(shown.flatten()[run] > 0, slots, -1)
+
+
+def flattened(x: Tensor) -> Tensor:
     """(L, S, H) with strided rows as (L * S, H), without a copy where that can be."""
     regular = x.stride(2) == 1 and x.stride(0) == x.stride(1) * x.shape[1]
     return x.as_strided((x.shape[0] * x.shape[1], x.shape[2]), (x.stride(1), 1)) if regular else x.flatten(0, 1)

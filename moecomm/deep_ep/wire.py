@@ -81,6 +81,13 @@ class Wire:
         got = made.buffer.dispatch(x if beside is None else (x, beside), handle=made.own(handle)).x
         return got[0] if empty else got
 
+    def told(self, numbers: Tensor) -> Tensor:
+        """(R, J) the (J,) numbers of every rank."""
+        space = Space(num_experts=self.group.size, top_k=self.group.size, num_tokens=1)
+        ranks, row = torch.arange(self.group.size, device=numbers.device)[None], numbers[None].contiguous()
+        told: Tensor = self.dispatch(space, row, row[:, :1].contiguous(), ranks, None, layout="rank").x[0]
+        return told
+
     def combine(self, space: Space, rows: Tensor, handle: DispatchHandle, *, bias: Tensor | None = None) -> Tensor:
         """Lead rows home and sum them as they are."""
         made = self._buffer(space, rows, row_bytes(rows))

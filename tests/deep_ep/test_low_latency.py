@@ -182,6 +182,54 @@ def test_ranks_that_are_left_out(ranks: RankPool) -> None:
     ranks.run(masked)
 
 
+def each_in_its_way(rank: int) -> None:
+    """Hooks on some ranks only, called twice and not in turn; a mask on one rank only; handles used again."""
+    given = world(hidden=128, dtype=BF16)
+    mine = given.idx[rank], given.weights[rank]
+    buffer: Any = deep_ep.Buffer(torch.distributed.group.WORLD, low_latency_mode=True, enable_shrink=True)
+    sent = [
+        buffer.low_latency_dispatch(
+            given.x[rank] * factor, mine[0], MAX, 10, use_fp8=False, return_recv_hook=rank % 2 == number
+        )
+        for number, factor in enumerate((1, 2))
+    ]
+    for *_, hook in reversed(sent):
+        for _ in range(2 * (hook is not None)):
+            hook()
+    for factor, (recv, count, handle, _, _) in enumerate(sent, start=1):
+        check_received(rank, World([x * factor for x in given.x], given.idx, given.weights, 10), recv, count, handle)
+        for _ in range(3):
+            home, _, hook = buffer.low_latency_combine(sent[0][0], *mine, handle, return_recv_hook=rank % 2 == 1)
+            for _ in range(2 * (hook is not None)):
+                hook()
+            assert_bitwise(home, plain_sum(given, rank), "combined")
+    if rank == 0:
+        buffer.low_latency_update_mask_buffer(2, True)
+    recv, count, handle, _, _ = buffer.low_latency_dispatch(given.x[rank], mine[0], MAX, 10, use_fp8=False)
+    left = [idx.clone() for idx in given.idx]
+    if rank == 0:
+        left[2].fill_(-1)  # rank 0 sees nothing of rank 2
+    held_by_2 = torch.tensor(list(given.held(2)))
+    left[0] = torch.where(torch.isin(left[0], held_by_2), -1, left[0])  # and sends it nothing
+    check_received(rank, World(given.x, left, given.weights, 10), recv, count, handle)
+    buffer.low_latency_combine(recv, *mine, handle)
+    zeros = torch.zeros(1, 128, dtype=BF16), torch.zeros(1, 1, dtype=torch.int64)
+    (_, scales), count, *_ = buffer.low_latency_dispatch(*zeros, MAX, 10)
+    assert rank != 0 or scales[0, : int(count[0])].unique().tolist() == [float(torch.tensor(1e-4) / 448)]
+
+
+def plain_sum(given: World, rank: int) -> torch.Tensor:
+    """What comes home when experts give rows back as they are."""
+    total = torch.zeros_like(given.x[rank], dtype=torch.float32)
+    for k in range(3):
+        total += given.x[rank].float() * (given.weights[rank][:, k] * (given.idx[rank][:, k] >= 0))[:, None]
+    return total.to(BF16)
+
+
+def test_ranks_may_differ_in_what_concerns_them_only(ranks: RankPool) -> None:
+    ranks.run(each_in_its_way)
+
+
 def waits(rank: int) -> None:
     """Rank 1 is late: the others waited that long for it, and for at least one other not so long."""
     given, buffer = world(tokens=(5, 4, 9, 3)), shared()

@@ -27,7 +27,7 @@ def sent(buffer: Any, given: World, rank: int, x: Any = None, **how: Any) -> Any
         "is_token_in_rank": in_rank,
     }
     choices = {"topk_idx": given.idx[rank], "topk_weights": given.weights[rank]}
-    return buffer.dispatch(given.x[rank] if x is None else x, **layout, **(choices | how))
+    return buffer.dispatch(given.x[rank] if x is None else x, **(layout | choices | how))
 
 
 def check_layout(rank: int, given: World) -> None:
@@ -99,8 +99,13 @@ def test_round_trip(ranks: RankPool, dtype: torch.dtype, hidden: int, alignment:
 
 def handle_items(rank: int) -> None:
     given, buffer = world(), shared()
-    *_, handle, _ = sent(buffer, given, rank)
-    prefix, channels, recv_channels, src, in_rank, head = handle
+    in_rank = buffer.get_dispatch_layout(given.idx[rank], 10)[3]
+    *_, handle, _ = sent(buffer, given, rank, is_token_in_rank=in_rank)
+    assert handle[4] is in_rank
+    kept = in_rank.clone()
+    in_rank.zero_()  # the caller's own: the others are what was dispatched
+    prefix, channels, recv_channels, src, _, head = handle
+    in_rank = kept
     where = list(given.pairs(rank))
     assert isinstance(handle, tuple) and len(handle) == 6
     assert prefix[:, rank].tolist() == [sum(s <= i for s, _ in where) for i in range(4)]
@@ -149,7 +154,8 @@ def pairs_and_bare(rank: int) -> None:
     assert buffer.dispatch(numbers, handle=handle)[0].flatten().tolist() == [100 * s + t for s, t in where]
 
     recv, idx, weights, counts, bare, _ = sent(buffer, given, rank, topk_idx=None, topk_weights=None)
-    assert (idx, weights, counts) == (None, None, [])
+    chosen = torch.cat([idx.flatten() for idx in given.idx])
+    assert (idx, weights, counts) == (None, None, [int((chosen == e).sum()) for e in given.held(rank)])
     assert_bitwise(recv, rows(given.x, where, recv), "rows without choices")
     assert_bitwise(buffer.combine(recv, bare)[0], buffer.combine(recv, handle)[0], "combined without choices")
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecomm.quant import QuantSpec, dequantize, quantize
+from moecomm.deep_ep.fp8 import encode
+from moecomm.quant import dequantize
 
 
 def calc_diff(x: Tensor, y: Tensor) -> float:
@@ -61,11 +62,7 @@ def per_token_cast_to_fp8(x: Tensor, round_scale: bool = False, use_ue8m0: bool 
     >>> codes.float().unique().tolist(), scales.tolist()
     ([448.0], [[1.0, 1.0]])
     """
-    kind = "ue8m0" if use_ue8m0 else "power_of_two" if round_scale else "float32"
-    codes, scales = quantize(x, QuantSpec(scales=kind))
-    if use_ue8m0:
-        scales = torch.nn.functional.pad(scales.view(torch.uint8), (0, -scales.shape[1] % 4)).view(torch.int32)
-    return codes, scales
+    return encode(x, round_scale, use_ue8m0)
 
 
 def per_token_cast_back(x_fp8: Tensor, x_scales: Tensor) -> Tensor:
