@@ -67,7 +67,16 @@ def baseline_combine(rows_NH: Tensor, topk_weights_TK: Tensor, routing: Routing)
     chunks = rows_NH.split(by_expert)
     rows = torch.cat([chunks[e * world + rank] for rank in range(world) for e in range(here)])
     rows = _exchange(rows, routing.send_splits, routing.recv_splits, routing.comm)
-    unsorted = torch.empty_like(rows).index_copy_(0, routing.order, rows)
+    return weighted_sum(rows, routing.order, topk_weights_TK)
+
+
+def weighted_sum(rows: Tensor, order: Tensor, topk_weights_TK: Tensor) -> Tensor:
+    """Unsort rows that lie in this order of (token, k), and sum the K weighted ones of each token.
+
+    >>> weighted_sum(torch.tensor([[2.0], [1.0]]), torch.tensor([1, 0]), torch.tensor([[1.0, 3.0]])).tolist()
+    [[7.0]]
+    """
+    unsorted = torch.empty_like(rows).index_copy_(0, order, rows)
     per_token = unsorted.view(*topk_weights_TK.shape, rows.shape[1])
     return (per_token * topk_weights_TK.to(rows.dtype).unsqueeze(-1)).sum(1)
 

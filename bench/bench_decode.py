@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -26,9 +27,9 @@ sys.path.insert(0, str(FilePath(__file__).resolve().parents[1]))
 import moecomm
 from bench.case import Case, check_combine, check_dispatch, decoded, make_case
 from bench.harness import Benchmark, Recorder, compared, main
-from bench.memory import PeakMemory
 from bench.options import Setting, make_parser
-from bench.paths import Path, Rows, baseline_path, make_buffer, why_no_baseline
+from bench.paths import Path, Rows, baseline_path, make_buffer, passes, why_no_baseline
+from bench.peers import DECODE_PEERS, peer_paths
 from bench.ranks import Ranks
 from bench.record import Measurement
 from bench.roof import Roof
@@ -68,39 +69,46 @@ def roof_path(roof: Roof, moved: dict[str, int]) -> Path:
     return Path(name="memcpy", dispatch=dispatch, combine=combine)
 
 
-def check(setting: Setting, ranks: Ranks, case: Case, path: Path, buffer: moecomm.Buffer | None) -> None:
-    """The right rows come and the right sums come back; makes the outputs of the experts, notes memory."""
-    with PeakMemory(ranks.device) as peak:
-        check_rows(setting, case, ExpertPlacement.uniform(setting.experts, ranks.world), path, buffer)
-    path.peak_memory_bytes = max(ranks.all_gather(peak.bytes))
-    exact = "as the reference quantises" if setting.quant else "bit for bit"
-    path.gate = f"dispatch {exact}, combine within 4 roundings of float64"
-
-
-def check_rows(
-    setting: Setting, case: Case, placement: ExpertPlacement, path: Path, buffer: moecomm.Buffer | None
-) -> None:
-    """Compare what comes with what was sent."""
+def check(setting: Setting, case: Case, placement: ExpertPlacement, buffer: moecomm.Buffer | None, path: Path) -> None:
+    """The right rows come and the right sums come back; makes the outputs of the experts."""
     arrived, home = path.dispatch()
     rows = decoded(arrived, setting)
-    if buffer is None or not isinstance(home, moecomm.Dispatched):
+    here = list(placement.experts_of_rank[case.rank])
+    if rows.ndim == 3:
+        path.outputs = rows.nan_to_num() * case.expert_scale_E[here][:, None, None]
+        path.gate = "combine within 4 roundings of float64"
+    else:
         experts = check_dispatch(case, rows, placement, path.label)
         path.outputs = rows * case.expert_scale_E[experts][:, None]
-        check_combine(case, path.combine(path.outputs, home), path.label)
-    else:
+    if buffer is not None:
         assert home.ranges is not None
         spans = [span for of_expert in home.ranges.tolist() for span in of_expert]
         runs = [rows[i // case_world(case), a:b] for i, (a, b) in enumerate(spans)]
         check_dispatch(case, torch.cat([rows[0, :0], *runs]), placement, path.label)
-        here = list(placement.experts_of_rank[case.rank])
-        path.outputs = rows.nan_to_num() * case.expert_scale_E[here][:, None, None]
         buffer.combine_input(home.handle).copy_(path.outputs)
-        check_combine(case, path.combine(path.outputs, home).clone(), path.label)
+    check_combine(case, path.combine(path.outputs, home).clone(), path.label)
+    if not path.is_peer:
+        exact = "as the reference quantises" if setting.quant else "bit for bit"
+        path.gate = f"dispatch {exact}, combine within 4 roundings of float64"
 
 
 def case_world(case: Case) -> int:
     """W of a case."""
     return len(case.topk_idx_of_rank)
+
+
+def make_paths(setting: Setting, ranks: Ranks, case: Case, placement: ExpertPlacement, stack: ExitStack) -> list[Path]:
+    """Ours on every transport that was asked for, the baseline and DeepEP, all checked."""
+    paths: list[tuple[Path, moecomm.Buffer | None]] = []
+    for transport in setting.transports:
+        buffer = stack.enter_context(make_buffer(setting, ranks, transport))
+        paths += [(padded_path(setting, case, buffer, zero_copy=zero_copy), buffer) for zero_copy in (False, True)]
+    if reason := why_no_baseline(replace(setting, layout="expert"), ranks):
+        note(ranks.rank, f"no baseline: {reason}")
+    else:
+        paths.append((baseline_path(setting, case), None))
+    paths += [(path, None) for path in peer_paths(setting, ranks, case, DECODE_PEERS)]
+    return [path for path, buffer in paths if passes(path, ranks, partial(check, setting, case, placement, buffer))]
 
 
 def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
@@ -113,17 +121,7 @@ def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
     burst = setting.options.burst or (16 if setting.tokens <= 32 else 4)
     times: defaultdict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
-        paths = []
-        for transport in setting.transports:
-            buffer = stack.enter_context(make_buffer(setting, ranks, transport))
-            for zero_copy in (False, True):
-                paths.append(padded_path(setting, case, buffer, zero_copy=zero_copy))
-                check(setting, ranks, case, paths[-1], buffer)
-        if reason := why_no_baseline(replace(setting, layout="expert"), ranks):
-            note(ranks.rank, f"no baseline: {reason}")
-        else:
-            paths.append(baseline_path(setting, case))
-            check(setting, ranks, case, paths[-1], None)
+        paths = make_paths(setting, ranks, case, placement, stack)
         paths.append(roof_path(Roof(max(mine.values()), ranks.device), mine))
         for number in range(setting.warmup + setting.repeats):
             if number == setting.warmup:

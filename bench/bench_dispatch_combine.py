@@ -29,6 +29,7 @@ from bench.case import Case, make_case
 from bench.harness import Benchmark, Recorder, compared, main
 from bench.options import Setting, make_parser
 from bench.paths import Path, check_paths, make_paths, why_no_baseline
+from bench.peers import PEERS, peer_paths
 from bench.ranks import Ranks
 from bench.record import Measurement
 from bench.roof import Roof
@@ -54,8 +55,8 @@ def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
     times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     phases: defaultdict[tuple[str, str], float] = defaultdict(float)
     with ExitStack() as stack:
-        paths = make_paths(setting, ranks, case, stack)
-        check_paths(setting, ranks, case, paths)
+        paths = make_paths(setting, ranks, case, stack) + peer_paths(setting, ranks, case, PEERS)
+        paths = check_paths(setting, ranks, case, paths)
         step = stack.enter_context(progress(ranks.rank, "rounds", setting.warmup + setting.repeats))
         for number in range(setting.warmup + setting.repeats):
             if number == setting.warmup:

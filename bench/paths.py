@@ -17,6 +17,7 @@ from bench.case import Case, check_combine, check_dispatch, decoded
 from bench.memory import PeakMemory
 from bench.options import Setting
 from bench.ranks import Ranks
+from bench.show import note
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
@@ -27,7 +28,7 @@ class Path:
 
     Quantised rows are a pair, codes and scales.
     name, transport: as in `Measurement`. stats: counters of the buffer, if it is ours. gate, peak_memory_bytes: what
-    `check` found out.
+    `check` found out. is_peer: another library's, left out if it fails.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Path:
     stats: Callable[[], dict[str, Any]] | None = None
     gate: str = ""
     peak_memory_bytes: int | None = None
+    is_peer: bool = False
     outputs: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
@@ -109,25 +111,46 @@ def make_paths(setting: Setting, ranks: Ranks, case: Case, stack: ExitStack) -> 
     return paths
 
 
-def check_paths(setting: Setting, ranks: Ranks, case: Case, paths: Sequence[Path]) -> None:
+def check_paths(setting: Setting, ranks: Ranks, case: Case, paths: Sequence[Path]) -> list[Path]:
     """Run every path once: the right rows come, the right sums come back; note memory, keep outputs for combine.
+
+    Returns:
+        The paths, without those of other libraries that failed.
 
     Raises:
         AssertionError: a path is wrong.
     """
     placement = moecomm.ExpertPlacement.uniform(setting.experts, ranks.world)
-    for path in paths:
-        with PeakMemory(ranks.device) as peak:
-            rows, home = path.dispatch()
-            path.outputs = _outputs(setting, case, placement, path, decoded(rows, setting), home)
-            y = path.combine(path.outputs, home)
-        check_combine(case, y, path.label)
-        exact = f"dispatch {'as the reference quantises' if setting.quant else 'bit for bit'}, "
-        path.gate = exact * (setting.layout == "expert") + "combine within 4 roundings of float64"
-        path.peak_memory_bytes = max(ranks.all_gather(peak.bytes))
-    for path in paths[1:]:  # they are all the same
-        if torch.equal(path.outputs, paths[0].outputs):
-            path.outputs = paths[0].outputs
+    kept = [path for path in paths if passes(path, ranks, lambda path: _check(setting, ranks, case, placement, path))]
+    for path in kept[1:]:  # they are all the same
+        if torch.equal(path.outputs, kept[0].outputs):
+            path.outputs = kept[0].outputs
+    return kept
+
+
+def passes(path: Path, ranks: Ranks, check: Callable[[Path], None]) -> bool:
+    """Check a path and note its memory; False, on all ranks, if it is another library's and fails on one."""
+    failure = ""
+    with PeakMemory(ranks.device) as peak:
+        try:
+            check(path)
+        except Exception as error:
+            if not path.is_peer:
+                raise
+            failure = f"{type(error).__name__}: {error}"
+    failures = [told for told in ranks.all_gather(failure) if told] if path.is_peer else []
+    if failures:
+        note(ranks.rank, f"no {path.name}: {failures[0]}")
+    path.peak_memory_bytes = max(ranks.all_gather(peak.bytes))
+    return not failures
+
+
+def _check(setting: Setting, ranks: Ranks, case: Case, placement: moecomm.ExpertPlacement, path: Path) -> None:
+    rows, home = path.dispatch()
+    path.outputs = _outputs(setting, case, placement, path, decoded(rows, setting), home)
+    check_combine(case, path.combine(path.outputs, home), path.label)
+    exact = f"dispatch {'as the reference quantises' if setting.quant else 'bit for bit'}, "
+    path.gate = exact * (setting.layout == "expert") + "combine within 4 roundings of float64"
 
 
 def _outputs(
@@ -137,7 +160,7 @@ def _outputs(
     if setting.layout == "expert":
         experts = check_dispatch(case, rows, placement, path.label)
         return rows * case.expert_scale_E[experts][:, None]
-    assert isinstance(home, moecomm.Dispatched) and home.topk_idx is not None and home.topk_weights is not None
+    assert home.topk_idx is not None and home.topk_weights is not None  # of ours, and of DeepEP's
     here = placement.experts_of_rank[case.rank]
     scales = case.expert_scale_E[(home.topk_idx + (here[0] if here else 0)).clamp(min=0).long()]
     outputs = torch.empty_like(rows)
