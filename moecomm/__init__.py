@@ -1,7 +1,7 @@
 """moecomm: dispatch and combine for mixture-of-experts models, from a laptop CPU to a GPU node."""
 
 from moecomm._version import __version__
-from moecomm.buffer import Buffer, MemoryPlan
+from moecomm.buffer import Buffer
 from moecomm.errors import (
     AbortedError,
     CapacityError,
@@ -15,6 +15,7 @@ from moecomm.errors import (
     StallError,
     UnsupportedError,
 )
+from moecomm.footprint import MemoryPlan
 from moecomm.handle import Dispatched, DispatchHandle, Pending
 from moecomm.placement import ExpertPlacement
 from moecomm.quant import QuantSpec

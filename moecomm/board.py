@@ -29,6 +29,9 @@ class Board(Protocol):
     def propose(self, key: str, value: str) -> str:
         """Write a key unless it is there; what it then holds."""
 
+    def read(self, key: str) -> str:
+        """What a key holds that is known to be there."""
+
 
 @final
 class StoreBoard:
@@ -62,6 +65,10 @@ class StoreBoard:
         """Write a key unless it is there; what it then holds."""
         return self._ask(lambda: self._store.compare_set(key, "", value), 0.0).decode()
 
+    def read(self, key: str) -> str:
+        """What a key holds that is known to be there."""
+        return self._ask(lambda: self._store.get(key), 0.0).decode()
+
     def _ask(self, step: Callable[[], T], timeout_s: float) -> T:
         """Ask in a thread of its own: a store whose host has stopped blocks whoever asks."""
         answers: list[T] = []
@@ -80,4 +87,4 @@ class StoreBoard:
             return answers[0]
         what = "the key-value store of the process group is gone, or does not answer"
         cause = errors[0] if errors else None
-        raise PeerLostError(what, remedy="start the job again", rank=self._rank, operation="shrink") from cause
+        raise PeerLostError(what, remedy="start the job again", rank=self._rank, operation="rendezvous") from cause

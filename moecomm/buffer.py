@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,7 +16,7 @@ from moecomm.calls import Calls
 from moecomm.checks import BufferConfig, Checker, agree, configure
 from moecomm.core import Core
 from moecomm.errors import MoECommError
-from moecomm.footprint import MemoryPlan, count_bytes, explain, kernel_shape, memory_plan, with_kernels
+from moecomm.footprint import count_bytes, explain, kernel_shape, memory_plan, plan_memory, with_kernels
 from moecomm.fused import FusedOperations
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, PaddedHandle, Pending
@@ -75,6 +76,8 @@ class Buffer:
     >>> buffer.close()
     """
 
+    _rest: membership.Rest | None = None  # once the buffer shrank
+
     def __init__(
         self,
         group: object = None,
@@ -97,29 +100,10 @@ class Buffer:
         num_sms: int | None = None,
         max_recv_tokens: int | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "group")}
         self._group = Group.resolve(group)
         self._id = secrets.randbits(62)  # no other process has it, so its handles are nobody's here
-        given = configure(
-            self._group.rank,
-            self._group.size,
-            num_experts=num_experts,
-            hidden=hidden,
-            top_k=top_k,
-            max_tokens_per_rank=max_tokens_per_rank,
-            dtype=dtype,
-            transport=transport,
-            placement=placement,
-            reduce=reduce,
-            timeout_s=timeout_s,
-            num_segments=num_segments,
-            device=device,
-            topology=topology,
-            beside_bytes=beside_bytes,
-            check=check,
-            engine=engine,
-            num_sms=num_sms,
-            max_recv_tokens=max_recv_tokens,
-        )
+        given = configure(self._group.rank, self._group.size, **arguments)
         self.config, buffer_ids = self._agree(given)
         self._topology = Topology.detect(self._group, given=topology, timeout_s=self.config.timeout_s)
         wanted = with_kernels(self.config, self._group.rank)
@@ -130,7 +114,7 @@ class Buffer:
             timeout_s=self.config.timeout_s,
             segment_bytes=memory.segment_bytes,
             count_bytes=count_bytes(self.config, self._group.size),
-            num_segments=num_segments,
+            num_segments=self.config.num_segments,
             buffer_id=buffer_ids[0],
             kernels=kernel_shape(self.config),
             slot_bytes=memory.padded_bytes // NUM_AREAS,
@@ -143,8 +127,7 @@ class Buffer:
         )
         if isinstance(self._core.transport, KernelTransport):
             self._core.fused = FusedOperations(self._core.transport, self._core.tables)
-        by_kernels = self._core.fused is not None
-        self._check = Checker(self.config, self._group.rank, self._id, ids_on_device=by_kernels)
+        self._check = Checker(self.config, self._group.rank, self._id, ids_on_device=self._core.fused is not None)
         integrity.attach(self._core, self.config.check)
         self._calls = Calls(self._core, self._check)
         autograd.CORES[self._id] = self._core
@@ -153,9 +136,7 @@ class Buffer:
         """Compare the arguments of all ranks; they, and the buffer ids of all ranks."""
         timeout_s = given.timeout_s if isinstance(given, BufferConfig) else _DEFAULT_TIMEOUT_S
         told = self._group.all_gather_object((self._id, given), timeout_s=timeout_s, operation="Buffer()")
-        agree(given, [other for _, other in told], self._group.rank)
-        assert isinstance(given, BufferConfig)
-        return given, [buffer_id for buffer_id, _ in told]
+        return agree(given, [other for _, other in told], self._group.rank), [buffer_id for buffer_id, _ in told]
 
     # -- operations ----------------------------------------------------------------------------------------------
 
@@ -316,44 +297,7 @@ class Buffer:
         """Name of the transport in use."""
         return self._core.transport.name
 
-    @staticmethod
-    def plan_memory(
-        *,
-        num_ranks: int,
-        num_experts: int,
-        hidden: int,
-        top_k: int,
-        max_tokens_per_rank: int,
-        dtype: torch.dtype = torch.bfloat16,
-        placement: ExpertPlacement | Sequence[Sequence[int]] | None = None,
-        reduce: str = "rank",
-        num_segments: int = 8,
-        check: str | None = None,
-    ) -> MemoryPlan:
-        """Say what a buffer of several ranks on one host reserves on each, before anything is allocated.
-
-        The other transports allocate per operation what it needs; "local" reserves `padded_bytes` too.
-
-        >>> plan = Buffer.plan_memory(num_ranks=4, num_experts=64, hidden=7168, top_k=8, max_tokens_per_rank=1024)
-        >>> plan.total_bytes == plan.num_segments * plan.segment_bytes + plan.mail_bytes + plan.padded_bytes
-        True
-        """
-        config = BufferConfig.of(
-            num_ranks,
-            num_experts=num_experts,
-            hidden=hidden,
-            top_k=top_k,
-            max_tokens_per_rank=max_tokens_per_rank,
-            dtype=dtype,
-            transport="symmetric",
-            placement=placement,
-            reduce=reduce,
-            timeout_s=1.0,
-            num_segments=num_segments,
-            check=check,
-            device="cpu",
-        )
-        return memory_plan(config, num_ranks)
+    plan_memory = staticmethod(plan_memory)
 
     def explain(self) -> str:
         """Say which transport was chosen, what each of them answered, and which ranks share a node.
@@ -393,11 +337,19 @@ class Buffer:
             with self._core.guarded():
                 self._core.fused.synchronize()
 
+    @property
+    def local_experts(self) -> tuple[int, ...]:
+        """Global ids of the experts on this rank, in local order, also after `shrink`, `admit` and `join`."""
+        if self._rest is not None:
+            return self._rest.survivors.experts[self._group.rank]
+        return self.config.placement.experts_of_rank[self._group.rank]
+
     def shrink(self, *, renormalise: bool = False, timeout_s: float | None = None) -> tuple[int, ...]:
         """Go on without the ranks that died: agree with the other survivors, and build everything anew among them.
 
         Collective among those that live; on symmetric and simulated, while the store of the process group lives. Ids
-        of experts stay, dead ones are dropped. Ranks are renumbered (`group`), handles are stale, results stay valid.
+        of experts stay. Those of dead ranks move to replicas (`ExpertPlacement.replicas_of_rank`, `local_experts`), or
+        are dropped. Ranks are renumbered (`group`), handles are stale, results stay valid.
 
         Args:
             renormalise: scale the weights that are left to the sum of all of their token.
@@ -408,17 +360,65 @@ class Buffer:
 
         Raises:
             UnsupportedError: another transport, or a group without a store.
-            PeerLostError: the others went on without this rank, or no expert is left.
+            PeerLostError: the others went on without this rank, or no expert is left. Another one died meanwhile
+                (also StallError): call it again.
 
         >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).shrink()
         Traceback (most recent call last):
         moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot shrink: ...
         """
-        parts = membership.shrink(self._core, self._check, self._calls.survivors, renormalise, timeout_s)
+        return self._build_anew(membership.shrink(self._core, self._check, self._rest, renormalise, timeout_s))
+
+    def admit(
+        self, num_ranks: int | None = None, *, name: str = "moecomm", timeout_s: float | None = None
+    ) -> tuple[int, ...]:
+        """Take in processes that wait in `join` of that name, for ranks that died; collective, as `shrink`, after it.
+
+        Args:
+            num_ranks: most of them; None: one for each dead rank.
+            timeout_s: to wait for them and the other ranks, seconds; who is not there then is left out.
+
+        Returns and raises as `shrink`; a replacement has the number and the experts of the rank that it replaces.
+
+        >>> Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1).admit()
+        Traceback (most recent call last):
+        moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot take in ranks: ...
+        """
+        return self._build_anew(membership.take_in(self._core, self._check, self._rest, name, num_ranks, timeout_s))
+
+    @classmethod
+    def join(cls, store: Any, *, name: str = "moecomm", wait_s: float | None = None, **arguments: Any) -> Buffer:
+        """Take the place of a rank that died, once the others `admit` it; then load `local_experts`.
+
+        Args:
+            store: torch.distributed.Store that the process group of the others uses, such as TCPStore(host, port).
+            wait_s: seconds to wait for an invitation; None: MOECOMM_TIMEOUT_S, or 60.
+            arguments: those of the buffer as it was built first.
+
+        Raises:
+            ConfigError: another argument than the buffer has; StallError: nobody called `admit`.
+
+        >>> store = torch.distributed.HashStore()
+        >>> Buffer.join(store, wait_s=0.01, num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1)
+        Traceback (most recent call last):
+        moecomm.errors.StallError: join: nobody took this process in within 0.01 s: ...
+        """
+        buffer = cls.__new__(cls)
+        buffer._build_anew(membership.join(store, name, wait_s, inspect.signature(cls), arguments))
+        return buffer
+
+    def _build_anew(self, rest: membership.Rest) -> tuple[int, ...]:
+        """Close, and build what membership found; if that fails, `shrink` begins from there."""
         self.close()
-        self.__init__(parts.group, **parts.arguments(self.config, self.transport))
-        self._calls.survivors = parts.survivors
-        return parts.survivors.members
+        self._rest = rest
+        try:
+            self.__init__(rest.group, **rest.arguments())
+        except MoECommError as error:
+            if hasattr(self, "_core"):
+                self._core.failure, self._core.closed = error, False
+            raise
+        self._calls.survivors = rest.survivors
+        return rest.survivors.members
 
     def abort(self, reason: str = "") -> None:
         """Give up and free every rank that waits (AbortedError); from any thread, idempotent, waits for nobody.
@@ -430,7 +430,7 @@ class Buffer:
 
     def close(self) -> None:
         """Free everything; idempotent, waits for nobody. What was handed out stays valid."""
-        if not self._core.closed:
+        if hasattr(self, "_core") and not self._core.closed:
             self._core.closed = True
             self._core.started.clear()
             self._core.transport.close()
@@ -446,5 +446,4 @@ class Buffer:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_core"):
-            self.close()
+        self.close()

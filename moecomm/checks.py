@@ -182,8 +182,10 @@ def configure(rank: int, num_ranks: int, **arguments: Any) -> BufferConfig | MoE
         )
 
 
-def agree(given: BufferConfig | MoECommError, of_ranks: Sequence[BufferConfig | MoECommError], rank: int) -> None:
-    """Raise on every rank if one of them was given wrong arguments, or if they differ."""
+def agree(
+    given: BufferConfig | MoECommError, of_ranks: Sequence[BufferConfig | MoECommError], rank: int
+) -> BufferConfig:
+    """The configuration; raise on every rank if one of them was given wrong arguments, or if they differ."""
     if isinstance(given, MoECommError):
         raise given
     refused = {peer: str(other) for peer, other in enumerate(of_ranks) if isinstance(other, MoECommError)}
@@ -193,7 +195,7 @@ def agree(given: BufferConfig | MoECommError, of_ranks: Sequence[BufferConfig | 
     elif differences := given.differences(configs):
         what, expected = "the ranks were given different arguments", "the same on every rank"
     else:
-        return
+        return given
     raise ConfigError(
         what,
         got="; ".join(refused.values()) or differences,

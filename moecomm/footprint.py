@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
+
+import torch
 
 from moecomm.checks import MAX_ALIGN, BufferConfig
 from moecomm.errors import UnsupportedError
 from moecomm.memory.device import moves_by_kernels
 from moecomm.memory.mail import mail_bytes
+from moecomm.placement import ExpertPlacement
 from moecomm.quant import FORMATS, QuantSpec
 from moecomm.rows import backend as rows_backend
 from moecomm.topology import Topology
@@ -78,6 +82,46 @@ def memory_plan(config: BufferConfig, num_ranks: int) -> MemoryPlan:
     padded = NUM_AREAS * slot_bytes(config, num_ranks)
     total = segment * config.num_segments + mail + padded
     return MemoryPlan(segment, config.num_segments, mail, padded, total, uniform)
+
+
+def plan_memory(
+    *,
+    num_ranks: int,
+    num_experts: int,
+    hidden: int,
+    top_k: int,
+    max_tokens_per_rank: int,
+    dtype: torch.dtype = torch.bfloat16,
+    placement: ExpertPlacement | Sequence[Sequence[int]] | None = None,
+    reduce: str = "rank",
+    num_segments: int = 8,
+    check: str | None = None,
+) -> MemoryPlan:
+    """Say what a buffer of several ranks on one host reserves on each, before anything is allocated.
+
+    The other transports allocate per operation what it needs; "local" reserves `padded_bytes` too.
+
+    >>> import moecomm
+    >>> plan = moecomm.Buffer.plan_memory(num_ranks=4, num_experts=64, hidden=7168, top_k=8, max_tokens_per_rank=1024)
+    >>> plan.total_bytes == plan.num_segments * plan.segment_bytes + plan.mail_bytes + plan.padded_bytes
+    True
+    """
+    config = BufferConfig.of(
+        num_ranks,
+        num_experts=num_experts,
+        hidden=hidden,
+        top_k=top_k,
+        max_tokens_per_rank=max_tokens_per_rank,
+        dtype=dtype,
+        transport="symmetric",
+        placement=placement,
+        reduce=reduce,
+        timeout_s=1.0,
+        num_segments=num_segments,
+        check=check,
+        device="cpu",
+    )
+    return memory_plan(config, num_ranks)
 
 
 def slot_bytes(config: BufferConfig, num_ranks: int) -> int:

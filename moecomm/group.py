@@ -87,6 +87,9 @@ class _StoreExchange:
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._keys, self._rank, self._size = dist.PrefixStore("moecomm", store), rank, size
         self._seq = 0
+        self._root = store
+        while isinstance(self._root, dist.PrefixStore):
+            self._root = self._root.underlying_store
 
     def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
         seq, self._seq = self._seq, self._seq + 1
@@ -103,11 +106,10 @@ class _StoreExchange:
             ) from error
 
     def board(self, name: str) -> Board:
-        return StoreBoard(dist.PrefixStore(name, self._keys), self._rank)
+        return StoreBoard(dist.PrefixStore(f"moecomm/{name}", self._root), self._rank)
 
-    def part(self, members: Sequence[int], name: str) -> _StoreExchange:
-        store = dist.PrefixStore(name, self._keys)
-        return _StoreExchange(store, list(members).index(self._rank), len(members))
+    def regroup(self, rank: int, addresses: Sequence[str], name: str) -> _StoreExchange:
+        return _StoreExchange(dist.PrefixStore(f"moecomm/{name}", self._root), rank, len(addresses))
 
     def _absent(self, kind: str) -> list[int]:
         return [rank for rank in range(self._size) if not self._keys.check([f"{kind}/{rank}"])]
@@ -366,21 +368,27 @@ class Group:
         return replace(Group._of_process_group(group), is_duplicate=True)
 
     def board(self, name: str) -> Board:
-        """The board of that name, at the store that the ranks share.
+        """The board of that name at the store that the ranks share; the same for all who reach that store.
 
         Raises:
             UnsupportedError: they share none, as under MPI.
         """
         if not hasattr(self.exchange, "board"):
-            what = "the ranks of this group share no store"
-            raise UnsupportedError(what, expected="a process group of torch.distributed", rank=self.rank)
+            what, expected = "the ranks of this group share no store", "a process group of torch.distributed"
+            raise UnsupportedError(what, expected=expected, rank=self.rank)
         return self.exchange.board(name)
 
-    def part(self, members: Sequence[int], name: str) -> Group:
-        """The group of some of its ranks, renumbered; `name` is new and the same on all of them."""
-        rank = list(members).index(self.rank)
-        exchange: Any = self.exchange.part(members, name)  # type: ignore[attr-defined]
-        return Group(rank=rank, size=len(members), exchange=exchange, transport=self.transport)
+    def regroup(self, rank: int, addresses: Sequence[str], name: str) -> Group:
+        """A group of whoever has these addresses, this process as `rank`; `name` is new and the same on all of them."""
+        exchange: Any = self.exchange.regroup(rank, addresses, name)  # type: ignore[attr-defined]
+        return Group(rank=rank, size=len(addresses), exchange=exchange, transport=self.transport)
+
+    @classmethod
+    def at_store(cls, store: Any) -> Group:
+        """A group of this process alone that can `regroup` with others at a torch.distributed store."""
+        if not isinstance(store, dist.Store):
+            raise ConfigError("this is no store", got=type(store).__name__, expected="a torch.distributed.Store")
+        return cls(rank=0, size=1, exchange=_StoreExchange(store, 0, 1))
 
     def free(self) -> None:
         """End the connections that `duplicate` made, and whatever is under way in them; never waits."""

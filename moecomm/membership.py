@@ -1,4 +1,4 @@
-"""Going on without dead ranks: the survivors agree who they are, and build the buffer anew among themselves.
+"""Going on without dead ranks, and with replacements: who is left agrees on it, and builds the buffer anew.
 
 The protocol is a rendezvous at one linearisable store, not a vote: everybody who calls says that it is here, waits for
 those it does not believe dead, and proposes who is there; the first proposal counts, for all. So the members are always
@@ -8,94 +8,48 @@ store, or keep a rank that came too late; that one is told. docs/design/membersh
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from inspect import Signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moecomm.board import Board
-from moecomm.checks import INDEX_DTYPES, BufferConfig, Checker
+from moecomm import _env
+from moecomm.checks import INDEX_DTYPES, BufferConfig, Checker, configure
 from moecomm.core import Core
-from moecomm.errors import AbortedError, PeerLostError, RoutingError, UnsupportedError
+from moecomm.errors import (
+    AbortedError,
+    ConfigError,
+    MoECommError,
+    PeerLostError,
+    RoutingError,
+    StallError,
+    UnsupportedError,
+)
 from moecomm.group import Group
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import first_bad_entry
+from moecomm.rendezvous import Seats, admit, arrive, meet, rendezvous
 
 TRANSPORTS = ("symmetric", "simulated")
-
-# ("write", key, value) gives None; ("wait", keys) the keys that are there, none if the deadline passed first; ("look",
-# keys) the same at once; ("propose", key, value) the value that counts.
-Request = tuple[Any, ...]
-
-
-def rendezvous(rank: int, size: int, suspects: Sequence[int]) -> Generator[Request, Any, tuple[int, ...]]:
-    """Find out who goes on: what one rank asks the store, request by request; gives the members.
-
-    A generator, so that the very same code runs on a real store, and on one in which a test tries every order of
-    requests, every death and every deadline.
-
-    >>> steps = rendezvous(0, 2, suspects=[1])
-    >>> next(steps)
-    ('write', 'here/0', '1')
-    >>> steps.send(None)
-    ('look', ['here/0', 'here/1'])
-    >>> steps.send({"here/0"})
-    ('propose', 'members', '[0]')
-    """
-    yield "write", f"here/{rank}", "1"
-    awaited = {f"here/{peer}" for peer in range(size) if peer != rank and peer not in suspects}
-    while awaited:
-        found = yield "wait", [*sorted(awaited), "members"]
-        if not found or "members" in found:
-            break
-        awaited -= found
-    everybody = [f"here/{peer}" for peer in range(size)]
-    here = yield "look", everybody
-    mine = json.dumps([peer for peer, key in enumerate(everybody) if key in here])
-    told = yield "propose", "members", mine
-    return tuple(json.loads(told))
-
-
-def agree_on_members(group: Group, name: str, suspects: Sequence[int], timeout_s: float) -> tuple[int, ...]:
-    """Run the rendezvous of a group at its store; the members, this rank among them.
-
-    Raises:
-        PeerLostError: the others went on without this rank, or the store is gone.
-    """
-    board: Board = group.board(name)
-    steps = rendezvous(group.rank, group.size, suspects)
-    answer: Any = None
-    while True:
-        try:
-            what, *given = steps.send(answer)
-        except StopIteration as end:
-            members: tuple[int, ...] = end.value
-            break
-        if what == "write":
-            answer = None
-            board.write(given[0], given[1])
-        elif what == "propose":
-            answer = board.propose(given[0], given[1])
-        else:
-            answer = board.wait(given[0], timeout_s if what == "wait" else 0.0)
-    if group.rank not in members:
-        what = f"ranks {list(members)} went on without this rank, which came too late"
-        raise PeerLostError(what, rank=group.rank, operation="shrink", peers=members)
-    return members
 
 
 @dataclass(frozen=True, eq=False)
 class Survivors:
     """What a buffer knows after it shrank.
 
-    members: the ranks that are left, numbered as when the buffer was built. table: (E + 1,) int64 what each expert id
-    of then is called now, -1 if its rank is dead; the last entry is for -1. check: of the buffer as it was built.
+    members: the ranks that are there, numbered as when the buffer was built. experts: their expert ids, as they were
+    called then, in local order. table: (E + 1,) int64 what each expert id of then is called now, -1 if nobody holds it;
+    the last entry is for -1. check: of the buffer as it was built.
     """
 
     members: tuple[int, ...]
+    experts: tuple[tuple[int, ...], ...]
     table: Tensor
     check: Checker
     renormalise: bool
@@ -123,49 +77,166 @@ class Survivors:
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """What is left, and with what to build anew."""
+    """Who goes on, and with what to build anew. place: where they met."""
 
     group: Group
+    place: str
     placement: ExpertPlacement
     survivors: Survivors
+    transport: str
 
-    def arguments(self, config: BufferConfig, transport: str) -> dict[str, Any]:
-        """Those of the buffer, but for what changed."""
+    def arguments(self) -> dict[str, Any]:
+        """Those of the buffer as it was built, but for what changed."""
+        config = self.survivors.check.config
         names = {f.name for f in fields(config)} - {"byte_order"}  # which the machine gives, not the caller
-        given = {name: getattr(config, name) for name in names} | {"topology": None, "transport": transport}
+        given = {name: getattr(config, name) for name in names} | {"topology": None, "transport": self.transport}
         return given | {"num_experts": self.placement.num_experts, "placement": self.placement}
 
 
-def shrink(core: Core, check: Checker, before: Survivors | None, renormalise: bool, timeout_s: float | None) -> Rest:
-    """Agree with the other survivors; the group, the placement and the translation with which to build anew."""
-    group, name = core.transport.group, core.transport.name
-    if name not in TRANSPORTS:
-        raise UnsupportedError(
-            f"a buffer on transport {name} cannot shrink",
-            got=name,
-            expected=f"one of {TRANSPORTS}",
-            remedy="build a new Buffer in a process group without the dead rank",
-            rank=group.rank,
-        )
+def shrink(core: Core, check: Checker, rest: Rest | None, renormalise: bool, timeout_s: float | None) -> Rest:
+    """Agree with the other survivors; what to build anew."""
+    _demand_transport(core, "shrink")
+    group, place, numbers = _whereabouts(core, rest)
     core.abort("it shrinks")  # whoever waits in an operation hears that it is over
     failure = core.failure
     blamed = () if failure is None or isinstance(failure, AbortedError) else failure.peers
     suspects = [peer for peer in blamed if peer != group.rank]
-    place = f"shrink/{core.transport.buffer_id:x}"
     wait_s = check.config.timeout_s if timeout_s is None else timeout_s
-    members = agree_on_members(group, place, suspects, wait_s)
-    held = check.config.placement.experts_of_rank
-    left = [expert for member in members for expert in held[member]]
-    if not left:
-        raise PeerLostError("no expert is left", rank=group.rank, operation="shrink", peers=suspects)
-    new_id = {expert: number for number, expert in enumerate(sorted(left))}
-    now = torch.tensor([new_id.get(expert, -1) for expert in range(check.config.num_experts)] + [-1])
-    placement = ExpertPlacement.explicit([[new_id[expert] for expert in held[member]] for member in members])
-    if before is not None:
-        now = now.to(before.table.device)[before.table]
-        members_then = tuple(before.members[member] for member in members)
-    else:
-        members_then = members
-    first_check = check if before is None else before.check
-    survivors = Survivors(members_then, now.to(check.config.device), first_check, renormalise)
-    return Rest(group.part(members, place), placement, survivors)
+    here = meet(rendezvous(group.rank, group.size, suspects, address=_address(group)), group.board(place), wait_s)
+    if group.rank not in here:
+        raise _came_too_late(group.rank, "shrink", here)
+    found = _regroup(group, place, "", group.rank, here)
+    first = check if rest is None else rest.survivors.check
+    return _rest(found, place, [numbers[member] for member in here], first, renormalise, core.transport.name)
+
+
+def take_in(
+    core: Core, check: Checker, rest: Rest | None, name: str, most: int | None, timeout_s: float | None
+) -> Rest:
+    """Agree with the other members and with who waits in `join`; what to build anew."""
+    _demand_transport(core, "take in ranks")
+    core.check_usable()
+    group, _, numbers = _whereabouts(core, rest)
+    first = check if rest is None else rest.survivors.check
+    empty = sorted(set(range(first.config.placement.num_ranks)) - set(numbers))
+    if not empty or (most is not None and not (isinstance(most, int) and 1 <= most <= len(empty))):
+        expected = f"at most {len(empty)}, as many as died and were not replaced"
+        got, remedy = len(empty) if most is None else most, "call shrink() first when a rank is dead"
+        raise ConfigError("there are no seats for so many", got=got, expected=expected, remedy=remedy, rank=group.rank)
+    told: dict[str, Any] = {"transport": core.transport.name, "config": _described(first.config)}
+    told["renormalise"] = rest is not None and rest.survivors.renormalise
+    told["buffer"] = f"{core.transport.buffer_id:x}"  # so that no other buffer has this invitation
+    offered = len(empty) if most is None else most
+    seats = Seats(first.config.placement.num_ranks, tuple(empty[:offered]), tuple(empty[offered:]))
+    seat = numbers[group.rank]
+    invitation = json.dumps(told | asdict(seats), sort_keys=True)
+    board = group.board(f"join/{name}")
+    wait_s = check.config.timeout_s if timeout_s is None else timeout_s
+    number, members = meet(admit(seat, seats, invitation, _address(group)), board, wait_s)
+    if seat not in members:
+        raise _came_too_late(group.rank, "admit", members)
+    found = _regroup(group, f"join/{name}", f"{number}/", seat, members)
+    return _rest(found, f"join/{name}/{number}", members, first, told["renormalise"], core.transport.name)
+
+
+def join(store: Any, name: str, wait_s: float | None, signature: Signature, arguments: dict[str, Any]) -> Rest:
+    """Wait until the members of a buffer with these arguments take this process in; what to build."""
+    try:
+        bound = signature.bind(**arguments)
+    except TypeError as error:
+        what, remedy = "these are no arguments of Buffer()", "join with those of the buffer as it was built first"
+        raise ConfigError(what, got=str(error), remedy=remedy, operation="join") from None
+    bound.apply_defaults()
+    given = {name: value for name, value in bound.arguments.items() if name != "group"}
+    alone = store if isinstance(store, Group) else Group.at_store(store)
+    told: dict[str, Any] = {}
+
+    def accept(invitation: str) -> Seats:
+        told.update(json.loads(invitation))
+        told["mine"] = _the_same(told, given)
+        return Seats(told["size"], told["offered"], told["empty"])
+
+    wait_s = _env.timeout_s() if wait_s is None else wait_s
+    arrived = meet(arrive(secrets.token_hex(8), _address(alone), accept), alone.board(f"join/{name}"), wait_s)
+    if arrived is None:
+        what, remedy = f"nobody took this process in within {wait_s:g} s", f"call admit(name={name!r}) on the others"
+        raise StallError(what, remedy=remedy, operation="join")
+    number, seat, members = arrived
+    found = _regroup(alone, f"join/{name}", f"{number}/", seat, members)
+    first = Checker(told["mine"], found.rank, 0)
+    place = f"join/{name}/{number}"
+    return _rest(found, place, members, first, told["renormalise"], told["transport"])
+
+
+def _the_same(told: dict[str, Any], arguments: dict[str, Any]) -> BufferConfig:
+    """The configuration that the arguments make, if it is the one that was told."""
+    mine = configure(0, told["size"], **arguments)
+    if isinstance(mine, MoECommError):
+        raise mine
+    described = _described(mine)
+    if odd := [field for field in described if described[field] != told["config"].get(field)]:
+        field = odd[0]
+        raise ConfigError(
+            f"{field} is not what the buffer was built with",
+            got=described[field],
+            expected=told["config"].get(field),
+            remedy="join with the arguments of the buffer as it was built first",
+            operation="join",
+        )
+    return mine
+
+
+def _described(config: BufferConfig) -> dict[str, str]:
+    """What all ranks must have in common, as text."""
+    described = {f.name: repr(getattr(config, f.name)) for f in fields(config)}
+    return described | {"device": config.device.type}
+
+
+def _demand_transport(core: Core, to: str) -> None:
+    rank, name = core.rank, core.transport.name
+    if name not in TRANSPORTS:
+        raise UnsupportedError(
+            f"a buffer on transport {name} cannot {to}",
+            got=name,
+            expected=f"one of {TRANSPORTS}",
+            remedy="build a new Buffer in a process group without the dead rank",
+            rank=rank,
+        )
+
+
+def _whereabouts(core: Core, rest: Rest | None) -> tuple[Group, str, Sequence[int]]:
+    """The group, where it meets when it shrinks, and what its ranks were called at first."""
+    if rest is not None:
+        return rest.group, f"{rest.place}/again", rest.survivors.members
+    group = core.transport.group
+    return group, f"shrink/{core.transport.buffer_id:x}", range(group.size)
+
+
+def _address(group: Group) -> str:
+    """What others must know of this rank for `Group.regroup`."""
+    return str(getattr(group.exchange, "address", ""))
+
+
+def _came_too_late(rank: int, operation: str, members: Sequence[int]) -> PeerLostError:
+    what = f"ranks {list(members)} went on without this rank, which came too late"
+    return PeerLostError(what, rank=rank, operation=operation, peers=members)
+
+
+def _regroup(group: Group, place: str, number: str, seat: int, members: Sequence[int]) -> Group:
+    """The group of the members, who have all said at meeting `number` of that place where they are."""
+    board = group.board(place)
+    addresses = [board.read(f"{number}here/{member}") for member in members]
+    return group.regroup(members.index(seat), addresses, f"{place}/{number}")
+
+
+def _rest(group: Group, place: str, members: Sequence[int], first: Checker, renormalise: bool, transport: str) -> Rest:
+    """What follows from who is there, the same for all of them."""
+    config = first.config
+    held = config.placement.held_by(members)
+    new_id = {expert: number for number, expert in enumerate(sorted(itertools.chain(*held)))}
+    if not new_id:
+        raise PeerLostError("no expert is left", rank=group.rank, operation="shrink")
+    table = torch.tensor([new_id.get(expert, -1) for expert in range(config.num_experts)] + [-1], device=config.device)
+    placement = ExpertPlacement.explicit([[new_id[expert] for expert in experts] for experts in held])
+    survivors = Survivors(tuple(members), tuple(map(tuple, held)), table, first, renormalise)
+    return Rest(group, place, placement, survivors, transport)

@@ -119,9 +119,14 @@ class SimulatedExchange:
         """A store that outlives every rank; each access is a moment at which others may come first."""
         return SimulatedBoard(self.world, self.rank, self.world.shared.setdefault(("store", name), {}))
 
-    def part(self, members: Sequence[int], name: str) -> SimulatedExchange:
-        """The exchange of some of the members."""
-        return SimulatedExchange(self.world, [self.members[member] for member in members], self.rank, name)
+    @property
+    def address(self) -> str:
+        """Its number in the world."""
+        return str(self.rank)
+
+    def regroup(self, rank: int, addresses: Sequence[str], name: str) -> SimulatedExchange:
+        """The exchange of the ranks of the world that have these numbers."""
+        return SimulatedExchange(self.world, [int(address) for address in addresses], self.rank, name)
 
     def _board(self, rank: int) -> defaultdict[int, dict[int, bytes]]:
         return self.world.shared.setdefault(("board", self.name, rank), defaultdict(dict))
@@ -143,8 +148,10 @@ class SimulatedBoard:
         """The keys that are there, when one is or the deadline has passed."""
         self._reach()
         deadline_s = self.world.now_s + timeout_s
+        patience = 1.0
         while not (found := {key for key in keys if key in self.keys}) and self.world.now_s < deadline_s:
-            self._reach()
+            self._reach(patience)  # whoever looks for long looks less often
+            patience *= 1.2
         return found
 
     def propose(self, key: str, value: str) -> str:
@@ -152,9 +159,14 @@ class SimulatedBoard:
         self._reach()
         return self.keys.setdefault(key, value)
 
-    def _reach(self) -> None:
+    def read(self, key: str) -> str:
+        """What a key holds."""
+        self._reach()
+        return self.keys[key]
+
+    def _reach(self, patience: float = 1.0) -> None:
         """It takes a moment to get there, another one each time."""
-        delay_s = max(1e-4, self.world.faults.delay_s) * (0.5 + self.world.random.random())
+        delay_s = patience * max(1e-4, self.world.faults.delay_s) * (0.5 + self.world.random.random())
         self.world.wait(self.rank, lambda: False, delay_s)
 
 

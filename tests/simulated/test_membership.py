@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
+import functools
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,103 +13,26 @@ import torch
 
 import moecomm
 from moecomm.errors import PeerLostError, UnsupportedError
-from moecomm.membership import rendezvous
+from moecomm.rendezvous import rendezvous
 from moecomm.testing import assert_bitwise
 from moecomm.testing.simulated import Faults, results_of, simulate
 from tests.faults._ranks import Nursery, World
 from tests.faults._ranks import results_of as process_results
+from tests.simulated._explorer import explore
 
 # -- the protocol: every order of requests, every death, every deadline -------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rank:
-    """What one rank asks next, or the members that it found. All that it does later follows from that.
+def explore_survivors(size: int, suspects: tuple[int, ...], can_crash: int, steps: Any = rendezvous) -> tuple[int, int]:
+    """Ranks that shrink. Agreement: all that decide decide the same. Validity: the members had come."""
 
-    So two ways to come there are one state; `answers` is one of them, with which to run the code again.
-    """
+    def demand(store: Mapping[str, str], decided: Mapping[int, Any]) -> None:
+        assert len(set(decided.values())) <= 1, f"two memberships: {decided}"
+        for members in decided.values():
+            assert members and all(f"here/{member}" in store for member in members), f"{members} of {store}"
+            assert json.loads(store["members"]) == list(members)
 
-    asks: Any = None
-    found: Any = None
-    crashed: bool = False
-    answers: tuple[Any, ...] = field(default=(), compare=False)
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The store and all ranks."""
-
-    store: tuple[tuple[str, str], ...]
-    ranks: tuple[Rank, ...]
-
-
-def resume(rank: int, size: int, suspects: tuple[int, ...], answers: tuple[Any, ...]) -> Rank:
-    """Where a rank is after these answers."""
-    steps = rendezvous(rank, size, suspects)
-    try:
-        request = next(steps)
-        for answer in answers:
-            request = steps.send(answer)
-    except StopIteration as end:
-        return Rank(found=end.value, answers=answers)
-    return Rank(asks=str(request), answers=answers)
-
-
-def answers_to(request: Any, store: dict[str, str]) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Every answer that a linearisable store may give now, and what it then holds."""
-    what, *given = request
-    if what == "write":
-        yield None, store | {given[0]: given[1]}
-    elif what == "propose":
-        kept = {given[0]: given[1]} | store
-        yield kept[given[0]], kept
-    else:
-        found = frozenset(key for key in given[0] if key in store)
-        if found or what == "look":
-            yield found, store
-        if what == "wait":  # a deadline may pass at any moment, also when something is there that was not seen
-            yield frozenset(), store
-
-
-def explore(size: int, suspects: tuple[int, ...], can_crash: int) -> tuple[int, int]:
-    """Go through every moment; the number of moments, and of ends. Checks what must hold in each."""
-    start = Moment((), tuple(resume(rank, size, suspects, ()) for rank in range(size)))
-    seen, todo, num_ends = {start}, [start], 0
-    known: dict[tuple[int, Any, Any], Rank] = {}
-    while todo:
-        moment = todo.pop()
-        store, is_end = dict(moment.store), True
-        for rank, state in enumerate(moment.ranks):
-            if state.crashed or state.asks is None:
-                continue
-            is_end = False
-            following = []
-            for answer, after in answers_to(ast.literal_eval(state.asks), store):
-                key = rank, state, str(sorted(answer) if isinstance(answer, frozenset) else answer)
-                if key not in known:
-                    known[key] = resume(rank, size, suspects, (*state.answers, answer))
-                following.append(Moment(tuple(sorted(after.items())), replaced(moment.ranks, rank, known[key])))
-            if sum(other.crashed for other in moment.ranks) < can_crash:
-                following.append(Moment(moment.store, replaced(moment.ranks, rank, Rank(crashed=True))))
-            for then in following:
-                if then not in seen:
-                    seen.add(then)
-                    todo.append(then)
-        check(store, {rank: state.found for rank, state in enumerate(moment.ranks) if state.found is not None})
-        num_ends += is_end
-    return len(seen), num_ends
-
-
-def replaced(ranks: tuple[Rank, ...], at: int, state: Rank) -> tuple[Rank, ...]:
-    return (*ranks[:at], state, *ranks[at + 1 :])
-
-
-def check(store: dict[str, str], decided: dict[int, Any]) -> None:
-    """Agreement: all that decide decide the same. Validity: the members had come."""
-    assert len(set(decided.values())) <= 1, f"two memberships: {decided}"
-    for members in decided.values():
-        assert members and all(f"here/{member}" in store for member in members), f"{members} of {store}"
-        assert json.loads(store["members"]) == list(members)
+    return explore([functools.partial(steps, rank, size, suspects) for rank in range(size)], can_crash, demand)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +40,12 @@ def check(store: dict[str, str], decided: dict[int, Any]) -> None:
     [(1, (), 0), (2, (), 1), (2, (1,), 1), (3, (), 2), (3, (2,), 1), (4, (), 0)],
 )
 def test_every_order_every_death_every_deadline(size: int, suspects: tuple[int, ...], can_crash: int) -> None:
-    num_moments, num_ends = explore(size, suspects, can_crash)
+    num_moments, num_ends = explore_survivors(size, suspects, can_crash)
     print(f"W={size}, suspects {suspects}, up to {can_crash} deaths: {num_moments} moments, {num_ends} ends, all agree")
     assert num_ends >= 1 and num_moments >= size
 
 
-def test_the_explorer_sees_a_protocol_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_explorer_sees_a_protocol_that_is_wrong() -> None:
     def hasty(rank: int, size: int, suspects: tuple[int, ...]) -> Any:
         yield "write", f"here/{rank}", "1"
         here = yield "look", [f"here/{peer}" for peer in range(size)]
@@ -131,9 +53,8 @@ def test_the_explorer_sees_a_protocol_that_is_wrong(monkeypatch: pytest.MonkeyPa
         yield "write", "members", members  # the last one counts, and each believes its own
         return tuple(json.loads(members))
 
-    monkeypatch.setitem(globals(), "rendezvous", hasty)
     with pytest.raises(AssertionError, match="two memberships"):
-        explore(2, (), 0)
+        explore_survivors(2, (), 0, hasty)
 
 
 # -- the buffer --------------------------------------------------------------------------------------------------

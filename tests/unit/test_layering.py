@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "presets",
             "board",
+            "rendezvous",
             "metrics",
             "group",
             "launch",
