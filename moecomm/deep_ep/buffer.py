@@ -19,11 +19,11 @@ from moecomm.deep_ep.config import Config
 from moecomm.deep_ep.events import EventHandle, EventOverlap, begin_after, finished
 from moecomm.deep_ep.handles import LazyTuple, Route, internode_handle, nodes_of, normal_handle
 from moecomm.deep_ep.low_latency import LowLatencyMode
-from moecomm.deep_ep.parcels import Arrived, Parcel, at_least, count_experts, experts_of, padded_sums, summed_bias
+from moecomm.deep_ep.parcels import Arrived, Parcel, at_least, checked_ids, experts_of, padded_sums, summed_bias
 from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_count, demand_streams, demand_tensor
 from moecomm.deep_ep.wire import Space, Wire
 from moecomm.placement import ExpertPlacement
-from moecomm.plan import PlacementTables, first_bad_entry, plan_send
+from moecomm.plan import PlacementTables, plan_send
 
 _NO_EFFECT = ("use_fabric", "num_nvl_peers")  # what forks of DeepEP take
 
@@ -178,17 +178,7 @@ class Buffer(LowLatencyMode):
         """
         demand_streams(previous_event, async_finish, allocate_on_comm_stream)
         demand_count("num_experts", num_experts)
-        idx = demand_tensor("topk_idx", topk_idx, None, None, dtypes=INDEX_DTYPES).contiguous()
-        idx = idx if idx.dtype in (torch.int32, torch.int64) else idx.int()
-        bad = first_bad_entry(idx, num_experts)
-        if bad is not None:
-            where = divmod(bad, idx.shape[1])
-            demand(
-                False,
-                f"topk_idx{list(where)} names no expert",
-                got=int(idx[where]),
-                expected=f"-1 to {num_experts - 1}",
-            )
+        idx = checked_ids(demand_tensor("topk_idx", topk_idx, None, None, dtypes=INDEX_DTYPES), num_experts)
         begin_after(previous_event)
         key = num_experts, idx.device
         if key not in self._tables:
@@ -346,16 +336,13 @@ class Buffer(LowLatencyMode):
         if topk_idx is None:
             told = self._wire.told(per_expert.int())[:, first : first + num_local].sum(0)
             return None, None, padded_sums(told.tolist(), align)[0]
-        local = arrived.localise(first, num_local)
+        local, here = arrived.localise(first, num_local)
         assert arrived.topk_weights is not None
-        weights = arrived.topk_weights.masked_fill(local < 0, 0.0)
+        weights = torch.where(local < 0, 0.0, arrived.topk_weights)
         if worst is None:
-            counts = padded_sums(count_experts(local, num_local).tolist(), align)[0]
-            return local.to(topk_idx.dtype), weights, counts
-        idx, here = at_least(local, worst).to(topk_idx.dtype), len(local)
-        idx[here:] = -1
-        weights = at_least(weights, worst)
-        weights[here:] = 0
+            return local.to(topk_idx.dtype), weights, padded_sums(here.tolist(), align)[0]
+        idx, weights = at_least(local, worst).to(topk_idx.dtype), at_least(weights, worst)
+        idx[len(local) :], weights[len(local) :] = -1, 0
         return idx, weights, []
 
     def _replay(self, parcel: Parcel, route: Route) -> Any:

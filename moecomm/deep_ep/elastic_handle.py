@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
 
@@ -92,6 +92,12 @@ class Route:
         return self.lanes()
 
     @cached_property
+    def by_lanes(self) -> DispatchHandle:
+        """The handle with ranks in the order of the highest choice that goes to each, for a source that sums ranks."""
+        position_TK = self.handle.pair_pos.gather(1, self.rank_TK.clamp(min=0).long())
+        return replace(self.handle, pair_pos=torch.where(self.rank_TK >= 0, position_TK, -1))
+
+    @cached_property
     def token_N(self) -> Tensor:
         """(N,) int32 token of each pair at its source."""
         return self.tokens()
@@ -105,17 +111,13 @@ class Route:
         return torch.repeat_interleave(torch.arange(self.num_ranks), self.received()).to(self.token_N.device)
 
 
-def highest_lanes(rank_TK: Tensor, num_ranks: int) -> Tensor:
+def highest_lanes(rank_TK: Tensor) -> Tensor:
     """Keep of each token the last choice that goes to a rank; -1 elsewhere.
 
-    >>> highest_lanes(torch.tensor([[0, 1, 0], [1, -1, 1]]), 2).tolist()
+    >>> highest_lanes(torch.tensor([[0, 1, 0], [1, -1, 1]])).tolist()
     [[-1, 1, 0], [-1, -1, 1]]
     """
-    num_tokens, top_k = rank_TK.shape
-    if not top_k:
-        return rank_TK
-    lane_K = torch.arange(top_k, device=rank_TK.device)
-    column = torch.where(rank_TK >= 0, rank_TK, num_ranks).long()
-    last_TR = lane_K.new_full((num_tokens, num_ranks + 1), -1)
-    last_TR.scatter_reduce_(1, column, lane_K.expand(num_tokens, top_k), "amax")
-    return torch.where(last_TR.gather(1, column) == lane_K, rank_TK, -1)
+    lane_K = torch.arange(rank_TK.shape[1], device=rank_TK.device)
+    later_KK = lane_K[:, None] < lane_K
+    again_TK = ((rank_TK[:, :, None] == rank_TK[:, None, :]) & later_KK).any(2)
+    return torch.where(again_TK, -1, rank_TK)

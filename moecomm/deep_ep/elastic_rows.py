@@ -11,12 +11,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from moecomm import DispatchHandle, ExpertPlacement
+from moecomm import ExpertPlacement
 from moecomm.deep_ep.elastic_handle import EPHandle, Route, highest_lanes
-from moecomm.deep_ep.parcels import Parcel, at_least, count_experts, experts_of, padded_sums
+from moecomm.deep_ep.parcels import Parcel, at_least, checked_ids, experts_of, padded_sums
 from moecomm.deep_ep.refusals import FLOATS, demand, demand_tensor
 from moecomm.deep_ep.wire import Space, Wire, own_weights, per_token, room_for
-from moecomm.plan import first_bad_entry
 
 
 @final
@@ -49,23 +48,36 @@ class ElasticRows:
 
     def compact(self, parcel: Parcel, idx: Tensor, plan: Plan) -> Sent:
         """One row per token and rank."""
-        lanes = highest_lanes(self._ranks(idx, plan.num_experts), self._num_ranks)
-        space = Space(num_experts=self._num_ranks, top_k=idx.shape[1], reduce="source", num_tokens=plan.num_tokens)
-        out = self._wire.dispatch(space, parcel.x, parcel.beside(), lanes, None, layout="expert")
-        arrived = parcel.unpack(out.x[1])
+        dtype, idx = idx.dtype, checked_ids(idx, plan.num_experts)
         first, num_local = experts_of(plan.num_experts, self._num_ranks, self._rank)
-        local = arrived.localise(first, num_local)
+        space = Space(num_experts=plan.num_experts, top_k=idx.shape[1], reduce=self._reduce, num_tokens=plan.num_tokens)
+        if self._reduce == "rank":
+            carried = replace(parcel, topk_idx=None)
+            out = self._wire.dispatch(space, parcel.x, carried.beside(), idx, None, layout="rank")
+            arrived, local, counts = carried.unpack(out.x[1]), out.handle.recv_table, out.tokens_per_expert
+            kept = out.handle.topk_idx  # the caller may write his next routing to idx
+
+            def lanes() -> Tensor:
+                return highest_lanes(self._ranks(kept, plan.num_experts))
+        else:  # an expert stands for a rank
+            routing = highest_lanes(self._ranks(idx, plan.num_experts))
+            space = replace(space, num_experts=self._num_ranks)
+            out = self._wire.dispatch(space, parcel.x, parcel.beside(), routing, None, layout="expert")
+            arrived = parcel.unpack(out.x[1])
+            local, counts = arrived.localise(first, num_local)
+
+            def lanes() -> Tensor:
+                return routing
+
         room = None if plan.exact else plan.num_max * self._num_ranks
-        counts = count_experts(local, num_local).to(torch.int32)
-        padded, starts = padded_sums(counts.tolist(), plan.align)
         num_rows = len(local) if room is None else room
         route = Route(
-            space, out.handle, self._rank, self._num_ranks, lambda: lanes, lambda: arrived.origin[:, 0], local, num_rows
+            space, out.handle, self._rank, self._num_ranks, lanes, lambda: arrived.origin[:, 0], local, num_rows
         )
-        ends = [start + size for start, size in zip(starts, padded, strict=True)]
-        handle = _handle(route, plan, counts, padded, ends)
-        recv_idx = at_least(local, room).to(idx.dtype, copy=True)
-        recv_idx[len(local) :] = -1
+        handle = _handle(route, plan, counts)
+        recv_idx = at_least(local, room).to(dtype, copy=True)
+        if room is not None:
+            recv_idx[len(local) :] = -1
         weights = None if arrived.topk_weights is None else at_least(arrived.topk_weights.contiguous(), room)
         rows = at_least(out.x[0], room)
         return rows if arrived.scales is None else (rows, at_least(arrived.scales, room)), recv_idx, weights, handle
@@ -73,7 +85,7 @@ class ElasticRows:
     def expanded(self, parcel: Parcel, idx: Tensor, plan: Plan) -> Sent:
         """One row per token and expert."""
         space = Space(num_experts=plan.num_experts, top_k=idx.shape[1], reduce=self._reduce, num_tokens=plan.num_tokens)
-        idx = idx if idx.dtype.itemsize >= 4 else idx.int()
+        idx = checked_ids(idx, plan.num_experts)
         bare = Parcel(parcel.x, parcel.scales, None, None, 1)
         out = self._wire.dispatch(
             space, parcel.x, bare.beside(), idx, parcel.topk_weights, layout="expert", align=plan.align
@@ -92,13 +104,10 @@ class ElasticRows:
             return arrived.origin[table.amax(1).long(), 0] if table.numel() else arrived.origin[:0, 0]
 
         def lanes() -> Tensor:
-            return highest_lanes(self._ranks(kept, plan.num_experts), self._num_ranks)
+            return highest_lanes(self._ranks(kept, plan.num_experts))
 
         route = Route(space, out.handle, self._rank, self._num_ranks, lanes, tokens, table, len(rows))
-        counts = out.tokens_per_expert
-        padded, starts = padded_sums(counts.tolist(), plan.align)
-        ends = [start + int(count) for start, count in zip(starts, counts.tolist(), strict=True)]
-        handle = _handle(route, plan, counts, padded, ends, num_expanded=len(out.x[0]))
+        handle = _handle(route, plan, out.tokens_per_expert, num_expanded=len(out.x[0]))
         weights = None if parcel.topk_weights is None else at_least(out.row_weights, room)
         return rows if arrived.scales is None else (rows, at_least(arrived.scales, room)), None, weights, handle
 
@@ -144,26 +153,18 @@ class ElasticRows:
             allowed = not handle.do_expand or route.space.reduce == "rank"
             what = "topk_weights cannot come home with rows of do_expand by themselves"
             demand(allowed, what, got="allow_multiple_reduction=False", expected="allow_multiple_reduction=True")
-        if not handle.do_expand:
-            combined = self._wire.combine(route.space, x[:num_rows], route.handle, bias=bias)
-            if topk_weights is None:
-                return combined, None
-            weights = topk_weights[:num_rows].float().masked_fill(route.local_NK < 0, 0.0)
-            return combined, self._wire.combine(route.space, weights, route.handle)
-        combined = self._wire.combine(route.space, x[:num_rows], self._by_lanes(route), bias=bias)
+        in_order = route.handle
+        if route.space.reduce == "rank" and len(route.rank_TK) and not self._wire.sums_by_node:
+            in_order = route.by_lanes
+        combined = self._wire.combine(route.space, x[:num_rows], in_order, bias=bias)
         if topk_weights is None:
             return combined, None
+        if not handle.do_expand:
+            weights = topk_weights[:num_rows].float().masked_fill(route.local_NK < 0, 0.0)
+            return combined, self._wire.combine(route.space, weights, route.handle)
         table = route.handle.recv_table
         values = torch.nn.functional.pad(topk_weights[:num_rows].float(), (0, 1))[table.long()]
         return combined, self._wire.combine(route.space, values, per_token(route.handle))
-
-    def _by_lanes(self, route: Route) -> DispatchHandle:
-        """The handle with ranks in the order of the highest choice that goes to each, where its source sums ranks."""
-        handle = route.handle
-        if route.space.reduce == "source" or not len(handle.send_order) or self._wire.sums_by_node:
-            return handle
-        position_TK = handle.pair_pos.gather(1, route.rank_TK.clamp(min=0).long())
-        return replace(handle, pair_pos=torch.where(route.rank_TK >= 0, position_TK, -1))
 
     def _ranks(self, idx: Tensor, num_experts: int) -> Tensor:
         """(T, K) int32 rank of each choice, -1 for none."""
@@ -171,19 +172,13 @@ class ElasticRows:
         if key not in self._rank_of:
             ranks = ExpertPlacement.uniform(num_experts, self._num_ranks).rank_of_expert
             self._rank_of[key] = torch.tensor([*ranks, -1], dtype=torch.int32, device=idx.device)
-        idx = idx.contiguous() if idx.dtype.itemsize >= 4 else idx.int()
-        bad = first_bad_entry(idx, num_experts)
-        if bad is not None:
-            where = divmod(bad, idx.shape[1])
-            what, expected = f"topk_idx{list(where)} names no expert", f"-1 to {num_experts - 1}"
-            demand(False, what, got=int(idx[where]), expected=expected)
         return self._rank_of[key][idx.long()]
 
 
-def _handle(
-    route: Route, plan: Plan, counts: Tensor, padded: list[int], ends: list[int], *, num_expanded: int | None = None
-) -> EPHandle:
-    device = counts.device
+def _handle(route: Route, plan: Plan, counts: Tensor, *, num_expanded: int | None = None) -> EPHandle:
+    device, here = counts.device, counts.tolist()
+    padded, starts = padded_sums(here, plan.align)
+    ends = [start + size for start, size in zip(starts, padded if num_expanded is None else here, strict=True)]
     return EPHandle(
         do_expand=num_expanded is not None,
         num_experts=plan.num_experts,
@@ -194,7 +189,7 @@ def _handle(
         num_recv_tokens=len(route.local_NK),
         num_expanded_tokens=num_expanded or 0,
         num_recv_tokens_per_expert_list=padded if plan.exact else [],
-        num_unaligned_recv_tokens_per_expert=counts,
+        num_unaligned_recv_tokens_per_expert=counts.to(torch.int32),
         psum_num_recv_tokens_per_scaleup_rank=route.received().cumsum(0).to(device, torch.int32),
         psum_num_recv_tokens_per_expert=torch.tensor(ends, dtype=torch.int32, device=device),
         route=route,

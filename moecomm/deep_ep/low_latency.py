@@ -17,7 +17,7 @@ from moecomm import Dispatched, Pending
 from moecomm.deep_ep.crew import Crew
 from moecomm.deep_ep.events import EventOverlap, finished
 from moecomm.deep_ep.fp8 import encode
-from moecomm.deep_ep.parcels import experts_of
+from moecomm.deep_ep.parcels import checked_ids, experts_of
 from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_count, demand_tensor, unsupported
 from moecomm.deep_ep.shipments import LowLatencyHandle, Received, Shipment
 from moecomm.deep_ep.wire import Space, Wire
@@ -89,7 +89,7 @@ class LowLatencyMode:
         _, num_local = experts_of(num_experts, self.group_size, self.rank)
         _stats("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, num_local, torch.int32)
         _stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, self.group_size, torch.int64)
-        idx = self._crew.without_masked(topk_idx if topk_idx.dtype.itemsize >= 4 else topk_idx.int(), num_experts)
+        idx = self._crew.without_masked(checked_ids(topk_idx, num_experts), num_experts)
         rows, scales = x.detach(), None
         if use_fp8:
             rows, scales = encode(x, round_scale, use_ue8m0)
@@ -97,7 +97,8 @@ class LowLatencyMode:
         beside = token if scales is None else torch.cat([token, scales.view(torch.int32)], 1)
         num_slots = num_max * self.group_size
         # Rows are written where the caller wants them, unless those of somebody are left out, or come later.
-        stays = not (return_recv_hook or self._crew.masked is not None or moves_by_kernels(x.device))
+        by_kernels = moves_by_kernels(x.device)
+        stays = not (return_recv_hook or self._crew.masked is not None or by_kernels)
         shipment = Shipment(idx.clone(), num_experts, num_max, num_slots)
         mask = None if self._crew.masked is None else self._crew.mask.clone()
         make_room = partial(Received.room_for, num_local, num_slots, self.group_size, rows, scales)
@@ -105,7 +106,7 @@ class LowLatencyMode:
 
         def begin() -> Pending[Dispatched]:
             space, routing = self._routed(shipment)
-            in_groups = space.placement is None and not moves_by_kernels(x.device)  # of a fixed size, on all ranks
+            in_groups = space.placement is None and not by_kernels  # of a fixed size, on all ranks
             align = -num_slots if in_groups else 1
             return self._wire.dispatch_async(space, rows, beside, routing, None, layout="expert", align=align)
 
@@ -188,11 +189,13 @@ class LowLatencyMode:
             assert shipment.handle is not None and shipment.space is not None
             home = replace(shipment.handle, topk_weights=weights)
             left_out = (topk_idx < 0) & (home.topk_idx >= 0)
-            if bool(left_out.any()):
+            if left_out.any():
                 home = replace(home, send_pos=home.send_pos.masked_fill(left_out, -1))
             return self._wire.combine_async(shipment.space, shipment.rows_of(given), home, quant=quant)
 
         arrive = self._crew.start(begin, combine_wait_recv_cost_stats)
+        if out is None and not return_recv_hook:
+            return arrive(), finished(async_finish), None
         result = x.new_empty(len(topk_idx), x.shape[2]) if out is None else out
 
         @cache

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_tensor
+from moecomm.plan import first_bad_entry
 
 
 @final
@@ -92,11 +94,14 @@ class Arrived:
     topk_weights: Tensor | None
     scales: Tensor | None
 
-    def localise(self, first: int, num_local: int) -> Tensor:
-        """(N, K) int32 ids among the experts first .. first + num_local - 1, -1 for others."""
+    def localise(self, first: int, num_local: int) -> tuple[Tensor, Tensor]:
+        """(N, K) int32 ids among the experts first .. first + num_local - 1, -1 for others; (L,) int64 rows of each."""
         assert self.topk_idx is not None
-        local = self.topk_idx - first
-        return local.masked_fill_((local < 0) | (local >= num_local), -1)
+        ids = self.topk_idx - (first - 1)  # of its own memory; from 1, so that 0 is left for others
+        ids *= (ids > 0) & (ids <= num_local)
+        counts = torch.bincount(ids.view(-1), minlength=num_local + 1)[1:]
+        ids -= 1
+        return ids, counts
 
 
 @lru_cache(maxsize=64)
@@ -114,15 +119,6 @@ def channel_tokens(num_tokens: int, num_channels: int) -> int:
     return max(1, -(-num_tokens // num_channels))
 
 
-def count_experts(local_NK: Tensor, num_local: int) -> Tensor:
-    """(L,) int64 how often each local id occurs.
-
-    >>> count_experts(torch.tensor([[0, 2], [-1, 2]]), 3).tolist()
-    [1, 0, 2]
-    """
-    return torch.bincount((local_NK + 1).view(-1), minlength=num_local + 1)[1:]
-
-
 def padded_sums(counts: Any, align: int) -> tuple[list[int], list[int]]:
     """Counts rounded up, and where each group begins.
 
@@ -130,7 +126,7 @@ def padded_sums(counts: Any, align: int) -> tuple[list[int], list[int]]:
     ([4, 0, 8], [0, 4, 4])
     """
     padded = [-(-int(count) // align) * align for count in counts]
-    return padded, [sum(padded[:i]) for i in range(len(padded))]
+    return padded, [end - size for end, size in zip(accumulate(padded), padded, strict=True)]
 
 
 def at_least(rows: Tensor, num_rows: int | None) -> Tensor:
@@ -141,6 +137,22 @@ def at_least(rows: Tensor, num_rows: int | None) -> Tensor:
     out = rows.new_empty(num_rows, *rows.shape[1:])
     out[: len(rows)] = rows
     return out
+
+
+def checked_ids(topk_idx: Tensor, num_experts: int) -> Tensor:
+    """(T, K) ids as int32 or int64 in order in memory, all of which name an expert or none.
+
+    >>> checked_ids(torch.tensor([[1, -1]], dtype=torch.int8), 2).dtype
+    torch.int32
+    """
+    idx = topk_idx if topk_idx.dtype.itemsize >= 4 else topk_idx.int()
+    idx = idx.contiguous()
+    bad = first_bad_entry(idx, num_experts)
+    if bad is not None:
+        where = divmod(bad, idx.shape[1])
+        what, expected = f"topk_idx{list(where)} names no expert", f"-1 to {num_experts - 1}"
+        demand(False, what, got=int(idx[where]), expected=expected)
+    return idx
 
 
 def experts_of(num_experts: int, num_ranks: int, rank: int) -> tuple[int, int]:

@@ -28,11 +28,18 @@ def demand(holds: bool, what: str, *, got: object, expected: object, remedy: str
 
 def demand_count(name: str, value: Any) -> None:
     """Refuse what is no integer of at least 1."""
-    demand(isinstance(value, int) and value > 0, f"{name} is no count", got=repr(value), expected="at least 1")
+    if not isinstance(value, int) or value < 1:
+        demand(False, f"{name} is no count", got=repr(value), expected="at least 1")
 
 
 def demand_tensor(name: str, value: Any, *shape: int | None, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
     """Refuse what is no tensor of that shape (None: any length) and one of those dtypes."""
+    if isinstance(value, Tensor) and value.ndim == len(shape) and (not dtypes or value.dtype in dtypes):
+        for want, have in zip(shape, value.shape, strict=True):
+            if want is not None and want != have:
+                break
+        else:
+            return value
     demand(isinstance(value, Tensor), f"{name} is no tensor", got=type(value).__name__, expected="a torch.Tensor")
     fits = value.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, value.shape, strict=True))
     expected = f"({', '.join('any' if want is None else str(want) for want in shape)})"
@@ -46,12 +53,13 @@ def demand_streams(
     previous_event: object, asynchronous: bool, allocate_on_comm_stream: bool, *, name: str = "async_finish"
 ) -> None:
     """Memory for another stream may be had only where the caller says what it waits for and will wait himself."""
-    demand(
-        not allocate_on_comm_stream or (previous_event is not None and asynchronous),
-        f"allocate_on_comm_stream needs previous_event and {name}",
-        got=f"previous_event={previous_event!r}, {name}={asynchronous}",
-        expected="both, or allocate_on_comm_stream=False",
-    )
+    if allocate_on_comm_stream and (previous_event is None or not asynchronous):
+        demand(
+            False,
+            f"allocate_on_comm_stream needs previous_event and {name}",
+            got=f"previous_event={previous_event!r}, {name}={asynchronous}",
+            expected="both, or allocate_on_comm_stream=False",
+        )
 
 
 def unsupported(what: str) -> UnsupportedError:
