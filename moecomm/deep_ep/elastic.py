@@ -1,7 +1,7 @@
 """`ElasticBuffer`: DeepEP's second API on `moecomm.Buffer`.
 
-Without do_expand rows travel in layout "rank" (with allow_multiple_reduction=False an expert stands for a rank), with it
-in layout "expert". The source sums what comes home in ascending order of the highest choice of each rank, as there.
+Without do_expand rows travel in layout "rank" (an expert stands for a rank with allow_multiple_reduction=False), else
+in layout "expert". The source sums in ascending order of the highest choice of each rank, as there.
 
 Legend: T tokens, H hidden, K top-k, E experts, R ranks, L experts of this rank, N tokens received, X rows received.
 """
