@@ -4,8 +4,8 @@
     python bench/report.py RESULTS... --html page.html --plots plots --into README.md
     python bench/report.py RESULTS... --into README.md --check   # fail if the table is not what the results say
 
-A table goes between the lines `<!-- bench:begin -->` and `<!-- bench:end -->` of a Markdown file. The page is one file
-that needs no network.
+A table goes between the lines `<!-- bench:begin -->` and `<!-- bench:end -->` of a Markdown file; --kind scaling writes
+cost per token between `<!-- scaling:begin -->` and `<!-- scaling:end -->`. The page is one file that needs no network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from bench.plots import OPERATIONS, draw
 from bench.record import Measurement, ResultsError, read
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PAGE = Path(__file__).with_name("page.html")
 RESULTS = [ROOT / "bench/results/dispatch_combine.json"]
 
@@ -69,12 +68,8 @@ def _ms(us: float) -> str:
 def _footnote(rows: Sequence[Measurement]) -> str:
     if not rows:
         return "No results yet."
-    shapes = sorted({f"H = {r.hidden}, K = {r.top_k}, E = {r.experts}, {r.dtype}" for r in rows})
-    layouts = sorted({f'layout "{r.layout}", reduce "{r.reduce}"' for r in rows})
-    runs = sorted({f"{r.date[:10]}, commit {r.commit}" for r in rows})
-    machines = sorted({f"{r.device}; {r.threads} thread per rank; {r.versions}" for r in rows})
     return (
-        f"{'; '.join(shapes)}; {'; '.join(layouts)}; uniform routing. {'; '.join(machines)}; {'; '.join(runs)}. "
+        f"{_where(rows)}. "
         "Time is the slowest rank's, from a common start to the return of the whole call; up to 256 tokens in bursts "
         "of 16 calls without a pause, so dispatch + combine, in turn, is not the sum of both. The roof is a memcpy of "
         "the bytes that must move, by all ranks at once in the same run; ours can pass it: it writes past the caches. "
@@ -82,17 +77,46 @@ def _footnote(rows: Sequence[Measurement]) -> str:
     )
 
 
-def insert(text: str, generated: str, where: Path) -> str:
-    """Replace what stands between the markers.
+def _where(rows: Sequence[Measurement]) -> str:
+    shapes = sorted({f"H = {r.hidden}, K = {r.top_k}, E = {r.experts}, {r.dtype}" for r in rows})
+    layouts = sorted({f'layout "{r.layout}", reduce "{r.reduce}"' for r in rows})
+    runs = sorted({f"{r.date[:10]}, commit {r.commit}" for r in rows})
+    machines = sorted({f"{r.device}; {r.threads} thread per rank; {r.versions}" for r in rows})
+    return f"{'; '.join(shapes)}; {'; '.join(layouts)}; uniform routing. {'; '.join(machines)}; {'; '.join(runs)}"
+
+
+def scaling_table(rows: Sequence[Measurement]) -> str:
+    """Markdown: microseconds per token over the number of tokens, and the share of planning."""
+    of_ours = [row for row in rows if row.path == "moecomm" and row.tokens]
+    by_tokens = {(row.tokens, row.operation): row for row in of_ours}
+    lines = [
+        "| tokens | dispatch ms | us per token | combine ms | us per token | planning, of a dispatch |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for tokens in sorted({row.tokens for row in of_ours}):
+        out, home = (by_tokens[tokens, operation] for operation in ("dispatch", "combine"))
+        each = (cell for row in (out, home) for cell in (_ms(row.p50_us), f"{row.p50_us / tokens:.2f}"))
+        percent = out.extras.get("plan_percent")
+        planning = f"{percent:.1f} %" if isinstance(percent, float) else ""
+        lines.append(f"| {' | '.join([str(tokens), *each, planning])} |")
+    return "\n".join([*lines, "", f"{_where(rows)}."])
+
+
+def insert(text: str, generated: str, where: Path, kind: str = "bench") -> str:
+    """Replace what stands between the markers of this kind.
 
     >>> insert("a\\n<!-- bench:begin -->\\nold\\n<!-- bench:end -->\\n", "new", Path("x.md"))
     'a\\n<!-- bench:begin -->\\nnew\\n<!-- bench:end -->\\n'
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = f"<!-- {kind}:begin -->", f"<!-- {kind}:end -->"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise SystemExit(f"{where}: no line {BEGIN} with a line {END} after it")
-    return f"{before}{BEGIN}\n{generated}\n{END}{after}"
+        raise SystemExit(f"{where}: no line {first} with a line {last} after it")
+    return f"{before}{first}\n{generated}\n{last}{after}"
+
+
+TABLES = {"bench": table, "scaling": scaling_table}
 
 
 def page(rows: Sequence[Measurement]) -> str:
@@ -105,12 +129,12 @@ def page(rows: Sequence[Measurement]) -> str:
     return PAGE.read_text(encoding="utf-8").replace("/*DATA*/", data)
 
 
-def tables(paths: Sequence[Path], rows: Sequence[Measurement], *, check: bool) -> list[Path]:
+def tables(paths: Sequence[Path], rows: Sequence[Measurement], kind: str, *, check: bool) -> list[Path]:
     """Rewrite the tables of these files, unless only to check; those that were not what the results say."""
     stale = []
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        new = insert(text, table(rows), path)
+        new = insert(text, TABLES[kind](rows), path, kind)
         if new != text:
             stale.append(path)
         if not check:
@@ -126,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, help="write PNG and SVG plots into this folder")
     parser.add_argument("--formats", default="png,svg", help="of the plots, a comma list (default: png,svg)")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="Markdown files with a table to rewrite")
+    parser.add_argument("--kind", choices=TABLES, default="bench", help="of the table (default: bench)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is stale")
     args = parser.parse_args(argv)
     try:
@@ -138,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if not (args.html or args.plots or args.into):
         args.html, args.plots = args.results[0].with_suffix(".html"), args.results[0].parent / "plots"
-    stale = tables(args.into, [row for row in rows if row.benchmark == "dispatch_combine"], check=args.check)
+    shown = [row for row in rows if row.benchmark == "dispatch_combine"]
+    stale = tables(args.into, shown, args.kind, check=args.check)
     if args.check:
         print("stale:" if stale else "up to date", *stale)
         return int(bool(stale))

@@ -95,7 +95,8 @@ def reports() -> list[list[str]]:
     curves = [str(RESULTS / f"{name}.json") for name in ("tiny", "scaling") if (RESULTS / f"{name}.json").exists()]
     plots = [*curves[:1], table, "--formats", "svg", "--plots", str(ROOT / "docs/assets/bench")]
     page = ["--html", str(ROOT / "docs/assets/bench/report.html")]
-    return [[*report, table, "--into", *map(str, PAGES)], [*report, *plots], [*report, *everything, *page]]
+    scaling = [*report, str(RESULTS / "scaling.json"), "--kind", "scaling", "--into", str(PAGES[1])]
+    return [[*report, table, "--into", *map(str, PAGES)], scaling, [*report, *plots], [*report, *everything, *page]]
 
 
 def main() -> None:
