@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import runpy
@@ -10,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from moecomm.testing import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTED = (ROOT / "examples/README.md").read_text(encoding="utf-8")
@@ -45,6 +49,20 @@ def test_decoding_in_turns(tmp_path: Path) -> None:
     assert "of communication hidden (rank 0)" in done.stdout and (tmp_path / "turns.png").stat().st_size > 1000
     events = json.loads((tmp_path / "turns.json").read_text())["traceEvents"]
     assert {event["cat"] for event in events} == {"compute", "wait", "travel"}
+
+
+def from_deepep(rank: int) -> tuple[int, str]:
+    """As torchrun would start it."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = runpy.run_path(str(ROOT / "examples/from_deepep.py"))["main"]()
+    return int(status), printed.getvalue()
+
+
+def test_from_deepep() -> None:
+    for rank, (status, printed) in enumerate(run_ranks(from_deepep, 4, backend=None, timeout_s=100.0)):
+        assert status == 0, printed
+        assert re.findall(rf"rank {rank}: (\w+) of \d+ tokens differs by 0\.0\d+", printed) == ["prefill", "decode"]
 
 
 def test_profiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

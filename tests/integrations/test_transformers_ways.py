@@ -108,7 +108,7 @@ def in_bfloat16(rank: int, family: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss"])
 def test_bfloat16_is_as_exact_as_unsharded(ranks: RankPool, family: str) -> None:
     for name, (got, baseline, exact) in ranks.run(in_bfloat16, family)[1].items():
         assert_error_bounded(got, baseline, exact, name)
