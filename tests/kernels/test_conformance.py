@@ -14,8 +14,10 @@ import moecomm
 from moecomm.errors import ConfigError, StallError, UnsupportedError
 from moecomm.group import Group
 from moecomm.memory.device import device_memory_support, moves_by_kernels, unreachable_peers
-from moecomm.testing import CASES, RankPool, run_ranks
+from moecomm.testing import CASES, Case, RankPool, run_ranks
 from moecomm.testing.conformance import ConformanceResult, run_conformance
+from moecomm.testing.planted import find_planted
+from moecomm.testing.planted_kernels import PLANTED_IN_KERNELS
 from tests.conformance.test_conformance import demand
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -117,6 +119,33 @@ def test_copy_engines_and_budgets_change_nothing(
 ) -> None:
     results_of_ranks = pool_of(world_size).run(run_on_rank, name, 1, BOTH, options)
     demand(results_of_ranks, world_size, 5)
+
+
+# -- faults inside kernels ------------------------------------------------------------------------------------------
+
+MUTANT_CASE = Case(
+    name="kernel_mutants",
+    why="sums of three rows show their order, and some choices are none",
+    num_experts=3,
+    hidden=4,
+    top_k=3,
+    tokens=(3,),
+    pattern="masked",
+    dtype=torch.float32,
+)
+
+
+def plant(rank: int) -> dict[str, str]:
+    prepare()
+    given: dict[str, Any] = {"rounds": 2, "layouts": ["expert"], "reduces": ["rank"], "timeout_s": 0.3}
+    return find_planted(lambda: run_conformance(None, "symmetric", [MUTANT_CASE], **given), PLANTED_IN_KERNELS)
+
+
+def test_every_fault_planted_in_a_kernel_is_found(pool_of: Callable[[int], RankPool]) -> None:
+    (found,) = pool_of(1).run(plant)
+    assert len(found) == len(PLANTED_IN_KERNELS) >= 11
+    assert [name for name, message in found.items() if not message] == []
+    assert "StallError" in found["lost signal"] and "combine" in found["wrong reduce order"], found
 
 
 # -- it is the kernels that run, and waits end ---------------------------------------------------------------------
