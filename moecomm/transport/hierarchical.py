@@ -49,7 +49,7 @@ class HierarchicalTransport(Transport):
         between: Transport,
         control: Transport,
     ) -> None:
-        self.group, self.timeout_s = group, options.timeout_s
+        self.group, self.timeout_s, self.buffer_id = group, options.timeout_s, options.buffer_id
         self.inside, self.between, self._control = inside, between, control
         self.nodes = NodeMap(topology, group.rank)
         self.node_of_rank = self.nodes.node_of_rank

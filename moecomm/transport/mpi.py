@@ -58,6 +58,7 @@ class MpiTransport(Transport):
         self.slots = None if self.engine is None or all(told) else Slots(self.engine)
         try:
             self.post = post_of(group, options.timeout_s)
+            self.buffer_id = options.buffer_id
             self.box = self.post.open(options.buffer_id, self._advance, self.close)
             self.comm = self._duplicate()
         except MPI.Exception as error:

@@ -1,26 +1,32 @@
-"""What every rank of the MPI fault tests runs: `python -m tests.faults._mpi_ranks SCENARIO FOLDER`.
+"""What every rank of the MPI fault tests runs: `python -m tests.faults._mpi_ranks SCENARIO,... FOLDER`.
 
-Each rank forks before MPI starts, and the child, in a session of its own, plays the rank: the launcher ends the
-processes it knows of as soon as one dies, and what the survivors do is to be seen here. What came of a rank is a file
-in FOLDER.
+Scenarios after which all ranks live follow each other in one job, as it takes long to start. Each rank forks before MPI
+starts, and the child, in a session of its own, plays the rank: the launcher ends the processes it knows of as soon as
+one dies, and what the survivors do is to be seen here. What came of a rank is a file in FOLDER.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import functools
+import io
 import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 import moecomm
 from moecomm.errors import MoECommError
+from tests.faults._scenes import loop, tokens_of
 
 TIMEOUT_S = 2.0
 
@@ -28,10 +34,10 @@ TIMEOUT_S = 2.0
 class World:
     """One rank, and files by which ranks tell each other apart from MPI."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scenario: str) -> None:
         from mpi4py import MPI
 
-        self.comm, self.folder = MPI.COMM_WORLD, folder
+        self.comm, self.folder, self.scenario = MPI.COMM_WORLD, folder, scenario
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
 
     def buffer(self, timeout_s: float = TIMEOUT_S, hidden: int = 16) -> moecomm.Buffer:
@@ -56,13 +62,17 @@ class World:
 
     def mark(self, name: str) -> None:
         """Say that this rank has come to that point, and which process it is."""
-        part = self.folder / f".{name}.{self.rank}"
-        part.write_text(str(os.getpid()))
-        part.rename(self.folder / f"{name}.{self.rank}")
+        self.leave(f"{self.scenario}.{name}.{self.rank}", str(os.getpid()).encode())
+
+    def leave(self, name: str, content: bytes) -> None:
+        """Leave a file, whole or not at all."""
+        part = self.folder / f".{name}"
+        part.write_bytes(content)
+        part.rename(self.folder / name)
 
     def wait_for(self, name: str, *ranks: int) -> list[int]:
         """Wait until those ranks, or all, are there; their process ids."""
-        paths = [self.folder / f"{name}.{rank}" for rank in ranks or range(self.size)]
+        paths = [self.folder / f"{self.scenario}.{name}.{rank}" for rank in ranks or range(self.size)]
         while not all(path.exists() for path in paths):
             time.sleep(0.005)
         return [int(path.read_text()) for path in paths]
@@ -125,16 +135,18 @@ def stopped(world: World) -> Any:
     buffer = world.buffer(hidden=65536)
     world.step(buffer)
     x, topk_idx = world.inputs(buffer)
-    if world.rank == 1:
-        from moecomm.transport import mpi
+    from moecomm.transport.mpi import MpiExchange
 
-        def stop(exchange: Any) -> int:
+    launch = MpiExchange.launch
+
+    def stop(exchange: Any) -> int:
+        if world.rank == 1:
             world.mark("stopped")
             os.kill(os.getpid(), signal.SIGSTOP)
-            return launch(exchange)
+        return launch(exchange)
 
-        launch, mpi.MpiExchange.launch = mpi.MpiExchange.launch, stop  # type: ignore[method-assign, assignment]
-    error = caught(lambda: buffer.dispatch(x, topk_idx))
+    with mock.patch.object(MpiExchange, "launch", stop):
+        error = caught(lambda: buffer.dispatch(x, topk_idx))
     if world.rank != 1:
         world.mark("gave_up")
         world.wait_for("gave_up", *(rank for rank in range(world.size) if rank != 1))
@@ -142,23 +154,6 @@ def stopped(world: World) -> Any:
         os.kill(world.wait_for("stopped", 1)[0], signal.SIGCONT)
     world.meet("named")  # what was said to rank 1 may wait behind rows, and leaves only while its sender lives
     return error
-
-
-def killed(world: World) -> Any:
-    """Rank 1 dies while the others wait for it."""
-    buffer = world.buffer(timeout_s=60.0)
-    world.step(buffer)
-    if world.rank == 1:
-        world.wait_for("waiting", *(rank for rank in range(world.size) if rank != 1))
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    world.mark("waiting")
-    error = caught(lambda: world.step(buffer))
-    start = time.monotonic()
-    buffer.close()
-    closing_s = time.monotonic() - start
-    world.meet_survivors()
-    return error, closing_s
 
 
 def killed_with_rows(world: World, before: bool) -> Any:
@@ -189,8 +184,11 @@ def killed_with_rows(world: World, before: bool) -> Any:
         world.step(buffer)
 
     error = caught(operations)
+    start = time.monotonic()
+    buffer.close()
+    closing_s = time.monotonic() - start
     world.meet_survivors()
-    return error, 0.0
+    return error, closing_s
 
 
 def killed_before_rows(world: World) -> Any:
@@ -253,9 +251,73 @@ def breaks_off(world: World) -> Any:
     return caught(lambda: world.step(buffer))
 
 
+# -- the failure table -------------------------------------------------------------------------------------------------
+
+
+class Slept(Exception):
+    """What ends a rank that hung until the others had given up."""
+
+
+def act(world: World, event: str, buffer: moecomm.Buffer) -> None:
+    """What rank 1 does in the middle of round 3."""
+    world.leave(f"{world.scenario}.happened", repr(time.monotonic()).encode())
+    if event == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "hung":
+        world.wait_for("over", *(rank for rank in range(world.size) if rank != 1))
+        raise Slept
+    if event == "cut":
+        from mpi4py import MPI
+
+        transport: Any = buffer._core.transport
+        transport._types[buffer.config.row_bytes] = MPI.DATATYPE_NULL
+    if event == "disagree":
+        buffer.dispatch(*tokens_of(world.rank), align=2)
+    if event == "memory":
+        mock.patch("moecomm.operations.out_parcels", side_effect=MemoryError("out of memory")).start()
+    if event == "exception":
+        raise ValueError("a mistake between dispatch and combine")
+    if event == "interrupt":
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()  # when it waits for the others
+    if event == "abort":
+        buffer.abort("enough")
+
+
+def cell(event: str, world: World) -> tuple[str, float, str, str]:
+    """As `tests.faults.test_table.scene`, over MPI."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    printed, buffer = io.StringIO(), world.buffer()
+    world.step(buffer)
+    world.meet("ready")
+
+    def between(round: int) -> None:
+        if round == 3 and world.rank == 1:
+            act(world, event, buffer)
+        elif round == 3 and event == "interrupt":
+            time.sleep(1.0)
+
+    kind = ""
+    with contextlib.redirect_stderr(printed):
+        try:
+            with buffer:
+                loop(buffer, world.rank, between)
+        except BaseException as error:
+            kind = type(error).__name__
+            seconds = time.monotonic() - float((world.folder / f"{world.scenario}.happened").read_text())
+    mock.patch.stopall()
+    try:
+        buffer.dispatch(*tokens_of(world.rank))
+        after = "it went on"
+    except MoECommError as error:
+        after = str(error)
+    world.mark("over")
+    if event == "killed":
+        world.wait_for("over", *(rank for rank in range(world.size) if rank != 1))
+    return kind, seconds, after, printed.getvalue()
+
+
 def main() -> None:
-    """Play one rank; the exit status tells the launcher, the file tells the test."""
-    scenario, folder = globals()[sys.argv[1]], Path(sys.argv[2])
+    """Play one rank; the exit status tells the launcher, the files tell the tests."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -263,15 +325,18 @@ def main() -> None:
     os.setsid()
     faulthandler.dump_traceback_later(100, exit=True)
     torch.set_num_threads(1)
-    world = World(folder)
-    try:
-        outcome = scenario(world)
-    except BaseException as error:
-        faulthandler.dump_traceback()
-        outcome = error
-    part = folder / f".outcome.{world.rank}"
-    part.write_bytes(pickle.dumps(outcome))
-    part.rename(folder / f"outcome.{world.rank}")
+    for name in sys.argv[1].split(","):
+        what, _, event = name.partition(":")
+        scenario = functools.partial(cell, event) if what == "cell" else globals()[name]
+        world = World(Path(sys.argv[2]), name)
+        try:
+            outcome = scenario(world)
+        except BaseException as error:
+            faulthandler.dump_traceback()
+            outcome = error
+        world.leave(f"outcome.{name}.{world.rank}", pickle.dumps(outcome))
+        if name != sys.argv[1].split(",")[-1]:
+            world.meet("end")
     if len(sys.argv) > 3:  # end as a program does; MPI waits for all ranks in it
         sys.exit(0)
     os._exit(0)

@@ -90,3 +90,12 @@ def catch(call: Callable[[], Any], world: World | None = None, buffer: moecomm.B
             afterwards = catch(lambda: buffer.dispatch(*tokens_of(0)[:2])).error
         return Caught(error, seconds, since, afterwards)
     raise AssertionError("it was not refused")
+
+
+def loop(buffer: moecomm.Buffer, rank: int, between: Callable[[int], None] = lambda round: None) -> None:
+    """Dispatch and combine until something stops it."""
+    for round in range(10**6):
+        x, topk_idx, weights = tokens_of(rank, round)
+        out: Any = buffer.dispatch(x, topk_idx, weights)
+        between(round)
+        buffer.combine(out.x, out.handle)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 
 from moecomm.testing import no_leaks
 from moecomm.testing.mpi import mpi_missing, run_mpi
+from tests.faults import _table
+from tests.faults._ranks import Outcome
 from tests.faults._scenes import patience
+from tests.faults.test_table import judge
 
 pytestmark = [pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing()), pytest.mark.timeout(180)]
 
@@ -23,20 +27,50 @@ def nothing_stays_behind() -> Iterator[None]:
         yield
 
 
+# All ranks live after these: they follow each other in one job.
+TOGETHER = ("absent", "absent_from_combine", "stopped", "mismatch", "closes_early")
+CELLS = tuple(f"cell:{event}" for event in _table.EVENTS if event != "killed")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[int, Any]]:
+    """What came of a scenario, all of which run in one job when one is first asked for."""
+    folder = tmp_path_factory.mktemp("together")
+
+    @functools.cache
+    def printed() -> str:
+        scenarios = ",".join((*TOGETHER, *CELLS, "breaks_off"))
+        return run_mpi(["-m", "tests.faults._mpi_ranks", scenarios, str(folder)], 3, timeout_s=150).stdout
+
+    return lambda scenario: said(scenario, 3, folder, printed())
+
+
 def outcomes(scenario: str, size: int, folder: Path, *options: str, dead: int | None = None) -> dict[int, Any]:
     """Run a scenario on ranks that their launcher cannot end; what came of each."""
     done = run_mpi(["-m", "tests.faults._mpi_ranks", scenario, str(folder)], size, timeout_s=120, options=options)
-    said = {rank: folder / f"outcome.{rank}" for rank in range(size) if rank != dead}
-    missing = [rank for rank, path in said.items() if not path.exists()]
-    assert not missing, f"ranks {missing} said nothing (mpiexec: {done.returncode})\n{done.stdout[-6000:]}"
-    results = {rank: pickle.loads(path.read_bytes()) for rank, path in said.items()}
+    return said(scenario, size, folder, done.stdout, dead)
+
+
+def said(scenario: str, size: int, folder: Path, printed: str, dead: int | None = None) -> dict[int, Any]:
+    """What the ranks that live said of a scenario."""
+    paths = {rank: folder / f"outcome.{scenario}.{rank}" for rank in range(size) if rank != dead}
+    missing = [rank for rank, path in paths.items() if not path.exists()]
+    assert not missing, f"ranks {missing} said nothing of {scenario}\n{printed[-6000:]}"
+    results = {rank: pickle.loads(path.read_bytes()) for rank, path in paths.items()}
     raised = {rank: result for rank, result in results.items() if isinstance(result, BaseException)}
-    assert not raised, f"{raised}\n{done.stdout[-6000:]}"
+    assert not raised, f"{raised}\n{printed[-6000:]}"
     return results
 
 
-def test_absent_rank_is_named_and_a_new_buffer_works(tmp_path: Path) -> None:
-    results = outcomes("absent", 3, tmp_path)
+@pytest.mark.parametrize("event", _table.EVENTS)
+def test_cell(together: Callable[[str], dict[int, Any]], tmp_path: Path, event: str) -> None:
+    scenario = f"cell:{event}"
+    told = outcomes(scenario, 3, tmp_path, dead=1) if event == "killed" else together(scenario)
+    judge("mpi", event, [Outcome(result=told.get(rank)) for rank in range(3)])
+
+
+def test_absent_rank_is_named_and_a_new_buffer_works(together: Callable[[str], dict[int, Any]]) -> None:
+    results = together("absent")
     for rank, ((kind, peers, message, took_s), again) in results.items():
         assert (kind, peers) == ("StallError", (2,)), message
         assert message.startswith(f"rank {rank}: dispatch #2: "), message
@@ -46,19 +80,19 @@ def test_absent_rank_is_named_and_a_new_buffer_works(tmp_path: Path) -> None:
     assert "because of this rank" in results[2][0][2]
 
 
-def test_rank_absent_from_combine_is_named(tmp_path: Path) -> None:
-    for rank, (kind, peers, message, _) in outcomes("absent_from_combine", 3, tmp_path).items():
+def test_rank_absent_from_combine_is_named(together: Callable[[str], dict[int, Any]]) -> None:
+    for rank, (kind, peers, message, _) in together("absent_from_combine").items():
         assert (kind, peers) == ("StallError", (0,)), message
         assert message.startswith(f"rank {rank}: combine #1: "), message
 
 
-def test_stopped_rank_is_named(tmp_path: Path) -> None:
-    for rank, (kind, peers, message, _) in outcomes("stopped", 3, tmp_path).items():
+def test_stopped_rank_is_named(together: Callable[[str], dict[int, Any]]) -> None:
+    for rank, (kind, peers, message, _) in together("stopped").items():
         assert (kind, peers) == ("StallError", (1,)), message
         assert message.startswith(f"rank {rank}: dispatch #2: "), message
 
 
-@pytest.mark.parametrize("scenario", ["killed", "killed_before_rows", "killed_among_rows"])
+@pytest.mark.parametrize("scenario", ["killed_before_rows", "killed_among_rows"])
 def test_killed_rank_is_named_at_once(tmp_path: Path, scenario: str) -> None:
     results = outcomes(scenario, 3, tmp_path, dead=1)
     for rank, ((kind, peers, message, took_s), closing_s) in results.items():
@@ -68,8 +102,8 @@ def test_killed_rank_is_named_at_once(tmp_path: Path, scenario: str) -> None:
         assert closing_s < patience(1.0)
 
 
-def test_ranks_that_disagree_are_named_and_a_new_buffer_works(tmp_path: Path) -> None:
-    for rank, errors in outcomes("mismatch", 3, tmp_path).items():
+def test_ranks_that_disagree_are_named_and_a_new_buffer_works(together: Callable[[str], dict[int, Any]]) -> None:
+    for rank, errors in together("mismatch").items():
         others = (0, 2) if rank == 1 else (1,)
         assert [(kind, peers) for kind, peers, _, _ in errors] == [("DesyncError", others)] * 3, errors
         assert max(took_s for *_, took_s in errors) < 30.0, "long before the deadline of 60 s"
@@ -78,8 +112,8 @@ def test_ranks_that_disagree_are_named_and_a_new_buffer_works(tmp_path: Path) ->
         assert "routing=" in errors[2][2], "handles of different dispatches differ in their routing"
 
 
-def test_rank_that_closes_early_is_named_at_once(tmp_path: Path) -> None:
-    results = outcomes("closes_early", 3, tmp_path)
+def test_rank_that_closes_early_is_named_at_once(together: Callable[[str], dict[int, Any]]) -> None:
+    results = together("closes_early")
     assert results.pop(1) < 1.0, "close waits for nobody"
     for kind, peers, message, took_s in results.values():
         assert (kind, peers) == ("PeerLostError", (1,)), message
@@ -87,8 +121,8 @@ def test_rank_that_closes_early_is_named_at_once(tmp_path: Path) -> None:
         assert took_s < 30.0, "long before the deadline of 60 s"
 
 
-def test_error_of_mpi_is_ours_and_reaches_the_others(tmp_path: Path) -> None:
-    results = outcomes("breaks_off", 3, tmp_path)
+def test_error_of_mpi_is_ours_and_reaches_the_others(together: Callable[[str], dict[int, Any]]) -> None:
+    results = together("breaks_off")
     kind, _, message, _ = results.pop(1)
     assert kind == "PeerLostError"
     assert message.startswith("rank 1: dispatch #2: MPI reports an error: got "), message
