@@ -48,11 +48,11 @@ class Process(Protocol):
         """Kill the process with everything in its group, and wait for it."""
 
 
-def start(rank: int, log: IO[bytes], env: dict[str, str]) -> tuple[Process, Connection]:
-    """Start a rank that serves requests on a connection and writes into a log."""
+def start(rank: int, log: IO[bytes], env: dict[str, str], preload: tuple[str, ...] = ()) -> tuple[Process, Connection]:
+    """Start a rank that serves requests on a connection and writes into a log; preload: modules that it will need."""
     ours, theirs = Pipe(duplex=True)
     try:
-        if CAN_FORK and (warm := _warm(env)).can_fork:
+        if CAN_FORK and (warm := _warm(env, preload)).can_fork:
             return warm.fork(rank, theirs.fileno(), log.fileno(), env), ours
         return _Fresh(rank, theirs.fileno(), log, env), ours
     except BaseException:
@@ -147,10 +147,10 @@ class _Forked:
 class _Warm:
     """A warm process, as the launcher sees it."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self, env: Mapping[str, str], preload: tuple[str, ...]) -> None:
         self.owner, self._lock = os.getpid(), threading.Lock()
         self.connection, theirs = Pipe(duplex=True)
-        modules = [name for name in _OPTIONAL if name in sys.modules]
+        modules = [name for name in _OPTIONAL if name in sys.modules] + list(preload)
         code = f"from moecomm.testing._processes import main; main({theirs.fileno()}, {modules!r})"
         with theirs:
             self.popen = subprocess.Popen(
@@ -183,13 +183,13 @@ class _Warm:
             self.popen.wait()
 
 
-_all_warm: dict[frozenset[tuple[str, str]], _Warm] = {}
+_all_warm: dict[tuple[frozenset[tuple[str, str]], tuple[str, ...]], _Warm] = {}
 _starting = threading.Lock()
 
 
-def _warm(env: Mapping[str, str]) -> _Warm:
-    """The warm process for an environment."""
-    key = frozenset((name, value) for name, value in env.items() if name.startswith(_READ_AT_START))
+def _warm(env: Mapping[str, str], preload: tuple[str, ...]) -> _Warm:
+    """The warm process for an environment, with these modules imported too."""
+    key = frozenset((name, value) for name, value in env.items() if name.startswith(_READ_AT_START)), preload
     with _starting:
         warm = _all_warm.pop(key, None)
         if warm is not None and not warm.usable:
@@ -198,7 +198,7 @@ def _warm(env: Mapping[str, str]) -> _Warm:
         if warm is None:
             while len(_all_warm) >= _MAX_WARM:
                 _all_warm.pop(next(iter(_all_warm))).close()
-            warm = _Warm(env)
+            warm = _Warm(env, preload)
         _all_warm[key] = warm
         return warm
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
@@ -103,6 +103,7 @@ class RankPool:
         backend: of `torch.distributed.init_process_group`, or None to form no group.
         env: environment variables on top of this process's.
         timeout_s: seconds that each function may take, unless `run` says otherwise, and the process group's timeout.
+        preload: modules that take long to import: where ranks are forked from one process, it imports them once.
 
     >>> import operator
     >>> with RankPool(2, backend=None) as pool:
@@ -117,11 +118,12 @@ class RankPool:
         *,
         env: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
+        preload: Sequence[str] = (),
     ) -> None:
         if world_size < 1:
             raise ValueError(f"world_size is no rank count: got {world_size}; expected at least 1")
         self.world_size, self.backend, self.timeout_s = world_size, backend, timeout_s
-        self._env = dict(env or {})
+        self._env, self._preload = dict(env or {}), tuple(preload)
         self._generation = 0
         self._ranks: list[_Rank] = []
         self._store: dist.TCPStore | None = None
@@ -162,7 +164,7 @@ class RankPool:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
             try:
                 for index in range(self.world_size):
-                    self._ranks.append(_Rank.start(index, self._environment(index, self._store.port)))
+                    self._ranks.append(_Rank.start(index, self._environment(index, self._store.port), self._preload))
             except BaseException:
                 self.close()
                 raise
@@ -260,10 +262,10 @@ class _Rank:
     log_start: int = 0
 
     @classmethod
-    def start(cls, index: int, env: dict[str, str]) -> _Rank:
+    def start(cls, index: int, env: dict[str, str], preload: tuple[str, ...]) -> _Rank:
         log = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         try:
-            return cls(index, *start(index, log, env), log)
+            return cls(index, *start(index, log, env, preload), log)
         except BaseException:
             log.close()
             raise

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
+
+import pytest
+
+from moecomm.deep_ep import Buffer, install
+from moecomm.errors import ConfigError
+from moecomm.testing import run_ranks
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming_from_deepep.md"
 
@@ -31,25 +40,21 @@ def test_the_script_of_the_page_and_what_it_spawns(tmp_path: Path, free_port: in
         assert found and float(found[1]) < 0.05, line
 
 
-CLASH = """
-import sys, types
-sys.modules["deep_ep"] = types.ModuleType("deep_ep")
-import moecomm.deep_ep
-try:
-    moecomm.deep_ep.install()
-except moecomm.ConfigError as error:
-    assert "another deep_ep has been imported" in str(error), error
-del sys.modules["deep_ep"]
-moecomm.deep_ep.install()
-moecomm.deep_ep.install()
-import importlib.util
-import deep_ep.utils.refs
-from deep_ep.hybrid_ep_buffer import indices_to_map
-assert importlib.util.find_spec("deep_ep") is not None
-assert deep_ep.Buffer is moecomm.deep_ep.Buffer and deep_ep.topk_idx_t.itemsize == 8
-"""
+def clash(rank: int) -> None:
+    """In a process of its own, where nobody has imported deep_ep."""
+    assert "deep_ep" not in sys.modules
+    sys.modules["deep_ep"] = types.ModuleType("deep_ep")
+    with pytest.raises(ConfigError, match="another deep_ep has been imported"):
+        install()
+    del sys.modules["deep_ep"]
+    install()
+    install()
+    ours = importlib.import_module("deep_ep")
+    importlib.import_module("deep_ep.utils.refs")
+    assert callable(importlib.import_module("deep_ep.hybrid_ep_buffer").indices_to_map)
+    assert importlib.util.find_spec("deep_ep") is not None
+    assert ours.Buffer is Buffer and ours.topk_idx_t.itemsize == 8
 
 
 def test_another_deep_ep_is_not_replaced_behind_its_back() -> None:
-    done = subprocess.run([sys.executable, "-c", CLASH], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    run_ranks(clash, 1, backend=None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moecomm import deep_ep
+from moecomm.deep_ep.utils import per_token_cast_back
 from moecomm.errors import ConfigError, UnsupportedError
 from moecomm.quant import QuantSpec, dequantize, quantize
 from moecomm.testing import RankPool, assert_bitwise
@@ -101,6 +102,8 @@ def quantised(rank: int) -> None:
             where = [(s, t) for s, t, _ in given.entries(rank, e)]
             got = codes[e, : len(where)].view(torch.uint8)
             assert_bitwise(got, rows([c.view(torch.uint8) for c, _ in expected], where, got), "codes")
+            decoded = per_token_cast_back(codes[e, : len(where)], scales[e, : len(where)])
+            assert_bitwise(decoded, rows([dequantize(*pair, BF16) for pair in expected], where, decoded), "decoded")
             part = scales[e, : len(where)].clone(memory_format=torch.contiguous_format)
             if ue8m0:
                 exponents = part.view(torch.uint8)

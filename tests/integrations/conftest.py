@@ -1,17 +1,27 @@
-"""One pool of four ranks for all tests of this folder: importing transformers four times is most of their time."""
+"""One pool of four ranks for all tests of this folder, forked from a process that has imported transformers."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
 
 from moecomm.testing import RankPool
 
-_TIMEOUT_S = 240.0  # the first function imports transformers, on four ranks, on a machine that may be busy
+_TIMEOUT_S = 240.0  # where ranks are not forked the first function imports transformers, on each of them
+_MODELS = ("mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", "qwen2_moe")
+
+
+def _modules() -> list[str]:
+    """What the tests use of transformers, where it is installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    models = [f"transformers.models.{name}.modeling_{name}" for name in _MODELS]
+    return ["transformers.generation", "transformers.distributed", *models]
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
-    with RankPool(4, timeout_s=_TIMEOUT_S) as pool:
+    with RankPool(4, timeout_s=_TIMEOUT_S, preload=_modules()) as pool:
         yield pool

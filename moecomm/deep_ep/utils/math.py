@@ -71,9 +71,10 @@ def per_token_cast_back(x_fp8: Tensor, x_scales: Tensor) -> Tensor:
     >>> per_token_cast_back(*per_token_cast_to_fp8(torch.full((1, 128), 3.0), use_ue8m0=True)).unique().tolist()
     [3.0]
     """
+    # A clone: one column is contiguous with any stride, but not for a view of other elements.
     if x_scales.dtype == torch.int32:
-        x_scales = x_scales.contiguous().view(torch.uint8)[:, : ceil_div(x_fp8.shape[1], 128)].int() << 23
-        x_scales = x_scales.view(torch.float32)
+        exponents = x_scales.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        x_scales = (exponents[:, : ceil_div(x_fp8.shape[1], 128)].int() << 23).view(torch.float32)
     return dequantize(x_fp8, x_scales, torch.bfloat16)
 
 
