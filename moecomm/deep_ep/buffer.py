@@ -8,6 +8,7 @@ Legend: T tokens, H hidden, K top-k, E experts, R ranks, L experts of this rank,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from moecomm.deep_ep import config as configs
 from moecomm.deep_ep.config import Config
 from moecomm.deep_ep.events import EventHandle, EventOverlap, begin_after, finished
-from moecomm.deep_ep.handles import LazyTuple, Route, internode_handle, nodes_of, normal_handle
+from moecomm.deep_ep.handles import LazyTuple, Route, bits_of, internode_handle, nodes_of, normal_handle
 from moecomm.deep_ep.low_latency import LowLatencyMode
 from moecomm.deep_ep.parcels import Arrived, Parcel, at_least, checked_ids, experts_of, padded_sums, summed_bias
 from moecomm.deep_ep.refusals import FLOATS, INDEX_DTYPES, demand, demand_count, demand_streams, demand_tensor
@@ -260,6 +261,8 @@ class Buffer(LowLatencyMode):
             got="None",
             expected="topk_idx and topk_weights",
         )
+        if self.group_size > self._ranks_per_node:
+            parcel = replace(parcel, bits=bits_of(in_rank, self._ranks_per_node))
         begin_after(previous_event)
         space = Space(num_experts=self.group_size, top_k=self.group_size)
         ranks = torch.arange(self.group_size, dtype=torch.int32, device=in_rank.device)

@@ -19,7 +19,7 @@ from moecomm.deep_ep.wire import Space
 class Route:
     """What a normal dispatch knows. T tokens, R ranks, N rows received, C channels.
 
-    handle: of the `moecomm.Buffer` that carried the rows. origin: (N, 2) int32 token and channel at the source.
+    handle: of the `moecomm.Buffer` that carried the rows. origin: (N, 2 + V) int32, see `Arrived`.
     given: (T, R) bool, the caller's own is_token_in_rank. num_rows: of the tensor that the caller got, N or
     num_worst_tokens.
     """
@@ -126,7 +126,10 @@ def normal_handle(route: Route) -> LazyTuple:
 
 
 def internode_handle(route: Route, ranks_per_node: int) -> LazyTuple:
-    """The ten items that DeepEP has of several nodes; -1 for what concerns its forwarders: there are none."""
+    """The ten items that DeepEP has of several nodes; -1 for what concerns its forwarders: there are none.
+
+    Those describe tokens that a rank passes on to others of its node: no rank here sees tokens that are not for it.
+    """
     device = route.origin.device
     num_nodes = -(-route.num_ranks // ranks_per_node)
 
@@ -137,7 +140,7 @@ def internode_handle(route: Route, ranks_per_node: int) -> LazyTuple:
         node = torch.arange(route.num_ranks) // ranks_per_node
         meta = torch.empty(len(route.origin), 2, dtype=torch.int32, device=device)
         meta[:, 0] = torch.repeat_interleave(node, route.received())
-        meta[:, 1] = 1 << route.rank % ranks_per_node
+        meta[:, 1] = route.origin[:, 2 + route.rank // ranks_per_node]
         return meta.view(torch.uint8)
 
     makers = (
@@ -153,6 +156,21 @@ def internode_handle(route: Route, ranks_per_node: int) -> LazyTuple:
         lambda: none(num_nodes, ranks_per_node),
     )
     return LazyTuple(makers, route)
+
+
+def bits_of(is_token_in_rank: Tensor, ranks_per_node: int) -> Tensor:
+    """(T, nodes) int32: for each node a bit for each of its ranks that the token goes to, the lowest for its first.
+
+    A node with more than 31 ranks has bits for its first 31.
+
+    >>> bits_of(torch.tensor([[True, True, False], [False, False, True]]), 2).tolist()
+    [[3, 0], [0, 1]]
+    """
+    num_tokens, num_ranks = is_token_in_rank.shape
+    padded = torch.nn.functional.pad(is_token_in_rank, (0, -num_ranks % ranks_per_node))
+    each = padded.view(num_tokens, padded.shape[1] // ranks_per_node, ranks_per_node)
+    bit = torch.tensor([1 << place & 0x7FFFFFFF for place in range(ranks_per_node)], device=padded.device)
+    return (each * bit).sum(2).to(torch.int32)
 
 
 def nodes_of(is_token_in_rank: Tensor, ranks_per_node: int) -> Tensor:

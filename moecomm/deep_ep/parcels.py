@@ -20,13 +20,17 @@ from moecomm.plan import first_bad_entry
 @final
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """Rows to send and what goes with them. scales, topk_idx, topk_weights: None where there are none."""
+    """Rows to send and what goes with them. scales, topk_idx, topk_weights: None where there are none.
+
+    bits: (T, V) int32, for each of V nodes a bit for each of its ranks that the token goes to; None for one node.
+    """
 
     x: Tensor
     scales: Tensor | None
     topk_idx: Tensor | None
     topk_weights: Tensor | None
     num_channels: int
+    bits: Tensor | None = None
 
     @classmethod
     def of(cls, x: Any, topk_idx: Any = None, topk_weights: Any = None, *, num_channels: int = 1) -> Parcel:
@@ -53,9 +57,10 @@ class Parcel:
         return cls(x.detach(), scales, topk_idx, topk_weights, num_channels)
 
     def beside(self) -> Tensor:
-        """(T, 2 + K + K + S) int32: token and channel, choices, weights, scales."""
+        """(T, 2 + V + K + K + S) int32: token and channel, bits, choices, weights, scales."""
         origin = _origin(len(self.x), self.num_channels, self.x.device)
-        parts = [origin] if self.topk_idx is None else [origin, self.topk_idx.int()]
+        parts = [origin] if self.bits is None else [origin, self.bits]
+        parts += [] if self.topk_idx is None else [self.topk_idx.int()]
         parts += self._floats()
         return torch.cat(parts, 1) if len(parts) > 1 else origin
 
@@ -67,7 +72,8 @@ class Parcel:
     def unpack(self, beside_NJ: Tensor) -> Arrived:
         """Take apart what came with received rows."""
         top_k = 0 if self.topk_idx is None else self.topk_idx.shape[1]
-        origin, idx, rest = beside_NJ.tensor_split([2, 2 + top_k], 1)
+        own = 2 if self.bits is None else 2 + self.bits.shape[1]
+        origin, idx, rest = beside_NJ.tensor_split([own, own + top_k], 1)
         weights, scales = self.unpack_again(rest)
         return Arrived(origin, None if self.topk_idx is None else idx, weights, scales)
 
@@ -87,7 +93,7 @@ class Parcel:
 @final
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """What came with N rows: origin (N, 2) int32 token at the source and its channel; global topk_idx (N, K) int32."""
+    """What came with N rows: origin (N, 2 + V) int32 token at the source, its channel, bits; topk_idx (N, K) int32."""
 
     origin: Tensor
     topk_idx: Tensor | None

@@ -178,6 +178,12 @@ def several_nodes(rank: int) -> None:
     assert len(handle) == 10 and handle[0] is not None
     assert handle[-4].tolist() == [sum(s <= i for s, _ in where) for i in range(4)]
     assert handle[7].view(torch.int32)[:, 0].tolist() == [s // 2 for s, _ in where]
+    here = [
+        [given.owner(e) for e in given.idx[s][t].tolist() if e >= 0 and given.owner(e) // 2 == rank // 2]
+        for s, t in where
+    ]
+    bits = [sum(1 << owner % 2 for owner in set(owners)) for owners in here]
+    assert handle[7].view(torch.int32)[:, 1].tolist() == bits and handle[7].shape == (len(where), 8)
     assert handle[8].shape == (len(in_rank), 2) and handle[1].shape == (2, 10)
     assert_bitwise(
         buffer.internode_combine(recv, handle)[0], shared().combine(recv, sent(shared(), given, rank)[4])[0], "sums"
