@@ -1,24 +1,29 @@
 """Dispatch and combine between nodes with slow links: bytes and time, hierarchical against flat and the frameworks.
 
-    python bench/bench_internode.py                      # every case; needs root, iproute2 and about ten minutes
-    python bench/bench_internode.py --nodes 2 --top-k 8  # one case
-    python bench/bench_internode.py --report             # only rewrite the table and the plot from the results
+    python bench/bench_internode.py --out bench/results/internode        # K = 1, 2, 4, 8; root, iproute2, ten minutes
+    python bench/bench_internode.py --nodes 4 --top-k 8 --max-nodes 2    # a token uses at most two nodes
+    python bench/bench_internode.py --report     # only rewrite the table and the plot from the committed results
 
 Each node is a network namespace with two ranks, each link so fast in each direction (`moecomm.testing.namespaces`).
-Paths: "hierarchical"; "flat", the `collective` transport; "baseline", what frameworks do, see `bench/baseline.py`.
-Bytes are read from /sys/class/net before and after every operation. The minimum is one row per (token, node) that must
-cross, computed from the routing. Time is the slowest rank's, from a barrier to the return of the whole call.
+Paths: ours over "hierarchical" and "collective" (flat); "baseline", what frameworks do, see `bench/baseline.py`. Bytes
+are read from /sys/class/net before and after every operation. Time is the slowest rank's, from a common start to the
+return of the whole call.
+
+Extras of a row: wire_bytes, the most that one node's interface carried in one direction; wire_minimum, the most that it
+had to (one row per token and node that must cross, from the routing); bytes_over_minimum, the largest quotient of the
+two over nodes and directions; time_over_wire, p50 over the time that wire_bytes take at the rate of the link;
+bytes_saved, wire_bytes of the baseline over ours; hidden_device, hidden_cpu: percent of the dispatch that a compute of
+equal length hides. `percent_of_roof` is the time that wire_minimum takes at the rate of the link, over p50.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,61 +31,21 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.internode_rank import OPERATIONS, PATHS
-from bench.record import environment
-from bench.report import insert
+from bench.bench_dispatch_combine import needed_bytes as exchange_bytes
+from bench.harness import Benchmark, Recorder, compared, main
+from bench.internode_rank import OPERATIONS, TRANSPORTS
+from bench.internode_report import LINK_MBIT, RESULTS, report
+from bench.options import Setting, make_parser
+from bench.ranks import Ranks
+from bench.record import Measurement
+from bench.show import note
+from bench.traffic import traffic
+from moecomm import ExpertPlacement
 from moecomm.testing.namespaces import Cluster, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench/results/internode"
-PAGE, PLOT = ROOT / "docs/design/hierarchical.md", ROOT / "docs/assets/internode.png"
 RANKS_PER_NODE = 2
-LINK_MBIT = 1000
 START_S, RUN_S = 60.0, 600.0
-COLORS = {"hierarchical": "#1b7f5c", "flat": "#4c72b0", "baseline": "#c44e52"}
-# (nodes, top-k, nodes that a token may use or 0)
-CASES = [(nodes, top_k, 0) for nodes in (2, 4) for top_k in (1, 2, 4, 8)] + [(4, 8, 2)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One path, one operation, one case.
-
-    bytes_max: the most that one node's interface carried in one direction. minimum_max: the most that it had to.
-    bytes_over_minimum: the largest quotient of the two over nodes and directions. time_over_wire: p50 over the time
-    that bytes_max take at the rate of the link. speedup: baseline p50 / p50. bytes_saved: baseline bytes_max /
-    bytes_max.
-    hidden_device, hidden_cpu: percent of the dispatch that a compute of equal length hides.
-    """
-
-    case: str
-    path: str
-    operation: str
-    nodes: int
-    ranks: int
-    tokens: int
-    hidden: int
-    top_k: int
-    experts: int
-    max_nodes: int
-    dtype: str
-    link_mbit: int
-    iterations: int
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    bytes_max: int
-    minimum_max: int
-    bytes_over_minimum: float
-    time_over_wire: float
-    speedup: float | None
-    bytes_saved: float | None
-    hidden_device: float | None
-    hidden_cpu: float | None
-    device: str
-    versions: str
-    commit: str
-    date: str
 
 
 def least_rows(topk_idx: Sequence[Sequence[Sequence[int]]], num_nodes: int, experts: int) -> np.ndarray:
@@ -98,15 +63,35 @@ def least_rows(topk_idx: Sequence[Sequence[Sequence[int]]], num_nodes: int, expe
     return rows
 
 
-def run_case(cluster: Cluster, args: argparse.Namespace, top_k: int, max_nodes: int) -> list[Row]:
-    """Measure one case on a cluster."""
+def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
+    """Measure one setting on every number of nodes that was asked for."""
+    if ranks.world > 1:
+        raise ValueError("this benchmark starts its ranks itself, inside network namespaces: start it with python")
+    if reason := why_not():
+        raise ValueError(f"no cluster of namespaces here: {reason}")
+    options, rows = setting.options, []
+    for nodes in options.nodes:
+        for max_nodes in options.max_nodes:
+            if max_nodes >= nodes:
+                raise ValueError(f"--max-nodes {max_nodes}: a token cannot use so many of {nodes} nodes and be limited")
+            note(0, f"{nodes} nodes x {RANKS_PER_NODE}, {options.link_mbit} Mbit/s, K {setting.top_k}")
+            with Cluster(nodes, rate=f"{options.link_mbit}mbit") as cluster:
+                told = run_ranks(cluster, setting, max_nodes)
+            rows += rows_of(told, setting, ranks, nodes, max_nodes)
+    return rows
+
+
+def run_ranks(cluster: Cluster, setting: Setting, max_nodes: int) -> Any:
+    """Run every rank in its namespace; what rank 0 told."""
     world = cluster.num_nodes * RANKS_PER_NODE
-    options = {"top-k": top_k, "max-nodes": max_nodes, "ranks-per-node": RANKS_PER_NODE, "repeats": args.repeats}
-    options |= {"tokens": args.tokens, "hidden": args.hidden, "experts": args.experts, "overlap": args.overlap}
+    given: dict[str, Any] = {"max-nodes": max_nodes, "ranks-per-node": RANKS_PER_NODE, "dtype": setting.dtype_name}
+    given |= {"hidden": setting.hidden, "experts": setting.experts, "top-k": setting.top_k, "tokens": setting.tokens}
+    given |= {"skew": str(setting.skew), "seed": setting.seed, "transport": ",".join(setting.transports)}
+    given |= {"repeats": setting.repeats, "warmup": setting.warmup, "overlap": setting.options.overlap}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "told.json")
-        command = [sys.executable, str(ROOT / "bench/internode_rank.py"), "--out", str(out)]
-        for name, value in options.items():
+        command = [sys.executable, str(ROOT / "bench/internode_rank.py"), "--told", str(out)]
+        for name, value in given.items():
             command += [f"--{name}", str(value)]
         processes = []
         for rank in range(world):
@@ -114,57 +99,51 @@ def run_case(cluster: Cluster, args: argparse.Namespace, top_k: int, max_nodes: 
             processes.append(cluster.start(rank // RANKS_PER_NODE, command, env | {"OMP_NUM_THREADS": "1"}))
         codes = [process.wait(START_S + RUN_S) for process in processes]
         if any(codes):
-            raise SystemExit("\n".join(process.output for process in processes if process.popen.returncode))
-        return rows_of(json.loads(out.read_text()), args, cluster.num_nodes, top_k, max_nodes)
+            outputs = [process.output for process in processes if process.popen.returncode]
+            raise RuntimeError("a rank failed; what the failed ones printed:\n" + "\n".join(outputs))
+        return json.loads(out.read_text())
 
 
-def rows_of(told: dict[str, Any], args: argparse.Namespace, num_nodes: int, top_k: int, max_nodes: int) -> list[Row]:
-    """Turn what the ranks told into results."""
-    least = least_rows(told["topk_idx"], num_nodes, args.experts) * args.hidden * 2
+def rows_of(told: Any, setting: Setting, ranks: Ranks, nodes: int, max_nodes: int) -> list[Measurement]:
+    """Turn what the ranks told into rows."""
+    mbit, world = setting.options.link_mbit, nodes * RANKS_PER_NODE
+    ids = [np.array(of_rank, np.int64).reshape(-1, setting.top_k) for of_rank in told["topk_idx"]]
+    least = least_rows(told["topk_idx"], nodes, setting.experts) * setting.row_bytes
     sent_least = {"dispatch": least.sum(1), "combine": least.sum(0)}
-    timings = {(timing["path"], timing["operation"]): timing for timing in told["timings"]}
-    hidden = {overlap["compute"]: _hidden(overlap) for overlap in told["overlaps"]}
-    limit = f", at most {max_nodes} nodes" if max_nodes else ""
-    if args.link_mbit != LINK_MBIT:
-        limit += f", {args.link_mbit} Mbit/s"
+    placement = ExpertPlacement.uniform(setting.experts, world)
+    bytes_of = traffic(ids, placement, layout="expert", reduce="rank", row_bytes=setting.row_bytes)
+    limit = f" at most {max_nodes}" * bool(max_nodes)
+    case = f"{setting.case_name(world)} {nodes} nodes{limit} {mbit} Mbit/s"
+    recorder = Recorder("internode", setting, ranks, ids, case=case, world=world, nodes=nodes)
+    most_of_baseline = {t["operation"]: _most(t) for t in told["timings"] if t["path"] == "baseline"}
+    hidden = {f"hidden_{overlap['compute']}": _hidden(overlap) for overlap in told["overlaps"]}
     rows = []
-    for (path, operation), timing in timings.items():
-        carried = np.array([timing["tx_bytes"], timing["rx_bytes"]])
+    for timing in told["timings"]:
+        operation, carried = timing["operation"], np.array([timing["tx_bytes"], timing["rx_bytes"]])
         minimum = np.array([sent_least[operation], sent_least[_other(operation)]])
-        base = timings.get(("baseline", operation))
-        base_bytes = None if base is None else max(*base["tx_bytes"], *base["rx_bytes"])
-        p20, p50, p80 = (float(np.percentile(timing["times_ms"], p)) for p in (20, 50, 80))
-        is_ours = path == "hierarchical" and operation == "dispatch"
-        rows.append(
-            Row(
-                case=f"{num_nodes} nodes, K = {top_k}{limit}",
-                path=path,
-                operation=operation,
-                nodes=num_nodes,
-                ranks=num_nodes * RANKS_PER_NODE,
-                tokens=args.tokens,
-                hidden=args.hidden,
-                top_k=top_k,
-                experts=args.experts,
-                max_nodes=max_nodes,
-                dtype="bfloat16",
-                link_mbit=args.link_mbit,
-                iterations=len(timing["times_ms"]),
-                p20_ms=round(p20, 2),
-                p50_ms=round(p50, 2),
-                p80_ms=round(p80, 2),
-                bytes_max=round(carried.max()),
-                minimum_max=int(minimum.max()),
-                bytes_over_minimum=round(float((carried / np.maximum(minimum, 1)).max()), 4),
-                time_over_wire=round(p50 * 1e-3 / (carried.max() * 8 / (args.link_mbit * 1e6)), 3),
-                speedup=round(float(np.median(base["times_ms"])) / p50, 2) if base else None,
-                bytes_saved=round(base_bytes / float(carried.max()), 2) if base_bytes else None,
-                hidden_device=hidden.get("device") if is_ours else None,
-                hidden_cpu=hidden.get("cpu") if is_ours else None,
-                **environment(),
-            )
-        )
-    return rows
+        p50_us = 1e3 * float(np.median(timing["times_ms"]))
+        wire_us = {name: most * 8 / mbit for name, most in (("carried", carried.max()), ("least", minimum.max()))}
+        extras: dict[str, Any] = {
+            "link_mbit": mbit,
+            "max_nodes": max_nodes,
+            "wire_bytes": round(carried.max()),
+            "wire_minimum": int(minimum.max()),
+            "bytes_over_minimum": round(float((carried / np.maximum(minimum, 1)).max()), 4),
+            "time_over_wire": round(p50_us / max(wire_us["carried"], 1e-9), 3),
+            "bytes_saved": round(most_of_baseline[operation] / max(float(carried.max()), 1.0), 2),
+        }
+        if timing["transport"] == "hierarchical" and operation == "dispatch":
+            extras |= hidden
+        facts = {name: timing[name] for name in ("transport", "gate", "peak_memory_bytes")} | {"extras": extras}
+        times_us = [1e3 * ms for ms in timing["times_ms"]]
+        row = recorder.row(timing["path"], operation, times_us, bytes_of[operation], **facts)
+        rows.append((row, round(100 * wire_us["least"] / p50_us, 1)))
+    done = compared([row for row, _ in rows])
+    return [replace(row, percent_of_roof=percent) for row, (_, percent) in zip(done, rows, strict=True)]
+
+
+def _most(timing: dict[str, Any]) -> float:
+    return float(max(*timing["tx_bytes"], *timing["rx_bytes"]))
 
 
 def _other(operation: str) -> str:
@@ -177,138 +156,44 @@ def _hidden(overlap: dict[str, Any]) -> float:
     return round(100 * (dispatch + compute - both) / dispatch, 1)
 
 
-# -- results -------------------------------------------------------------------------------------------------------
+def needed_bytes(setting: Setting, world: int) -> int:
+    """Bytes of all ranks together: they all run on this machine."""
+    here = RANKS_PER_NODE * max(setting.options.nodes)
+    return here * exchange_bytes(setting, here)
 
 
-def write(rows: Sequence[Row], stem: Path) -> None:
-    """Write `stem`.csv and `stem`.json; rows of the same case that are there already are replaced."""
-    cases = {row.case for row in rows}
-    rows = [row for row in read(stem) if row.case not in cases] + list(rows)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
-def read(stem: Path) -> list[Row]:
-    """Read what `write` wrote."""
-    path = stem.with_suffix(".json")
-    return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+def parser() -> argparse.ArgumentParser:
+    """The options of the family, and those of the cluster."""
+    shape = {"hidden": [4096], "experts": [64], "top_k": [1, 2, 4, 8]}
+    made = make_parser(__doc__, shape, tokens=[512], repeats=10, warmup=2, transport=list(TRANSPORTS))
+    made.add_argument("--nodes", type=_numbers, default=[2, 4], help="a comma list (default: 2,4)")
+    made.add_argument("--max-nodes", type=_numbers, default=[0], help="that a token may use, a comma list; 0: any")
+    made.add_argument("--link-mbit", type=int, default=LINK_MBIT, help="of every link in each direction")
+    made.add_argument("--overlap", type=int, default=8, help="rounds that measure overlap")
+    made.add_argument("--report", action="store_true", help="measure nothing: write table and plot from the results")
+    return made
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: one line per case and operation."""
-    lines = [
-        "| case | operation | MB at the interface (of the minimum) | p50 (p20, p80) ms | of the wire time "
-        "| baseline MB | baseline ms | fewer bytes | faster | flat ms | hidden: device, cpu |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    by_path = {(row.case, row.operation, row.path): row for row in rows}
-    ours = [row for row in rows if row.path == "hierarchical"]
-    for row in sorted(
-        ours, key=lambda row: (row.nodes, -row.link_mbit, row.max_nodes, row.top_k, OPERATIONS.index(row.operation))
-    ):
-        base, flat = (by_path.get((row.case, row.operation, path)) for path in ("baseline", "flat"))
-        hidden = [f"{percent:.0f} %" for percent in (row.hidden_device, row.hidden_cpu) if percent is not None]
-        cells = [
-            row.case,
-            row.operation,
-            f"{row.bytes_max / 1e6:.2f} ({row.bytes_over_minimum:.3f}x)",
-            f"**{row.p50_ms:.0f}** ({row.p20_ms:.0f}, {row.p80_ms:.0f})",
-            f"{row.time_over_wire:.2f}x",
-            f"{base.bytes_max / 1e6:.1f}" if base else "",
-            f"{base.p50_ms:.0f}" if base else "",
-            f"{row.bytes_saved:.2f}x" if row.bytes_saved else "",
-            f"{row.speedup:.2f}x" if row.speedup else "",
-            f"{flat.p50_ms:.0f}" if flat else "",
-            ", ".join(hidden),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    shapes = sorted({f"T = {r.tokens}, H = {r.hidden}, E = {r.experts}, {r.dtype}" for r in rows})
-    runs = sorted({f"{r.device}; {r.versions}; {r.date[:10]}, commit {r.commit}" for r in rows})
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{'; '.join(shapes)}; {RANKS_PER_NODE} ranks per node; {LINK_MBIT} Mbit/s unless said. {'; '.join(runs)}.",
-        ]
-    )
+BENCHMARK = Benchmark(
+    name="internode",
+    run_case=run_case,
+    needed_bytes=needed_bytes,
+    takes={"transport": TRANSPORTS, "layout": ("expert",), "reduce": ("rank",), "quant": ("none",)},
+)
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Megabytes and milliseconds over K, one column per operation and number of nodes."""
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in rows if not row.max_nodes and row.link_mbit == LINK_MBIT]
-    columns = sorted({(row.nodes, row.operation) for row in rows}, key=lambda c: (OPERATIONS.index(c[1]), c[0]))
-    figure, axes = plt.subplots(
-        2, len(columns), figsize=(3.4 * len(columns), 5.6), squeeze=False, sharex=True, layout="constrained"
-    )
-    for column, (nodes, operation) in enumerate(columns):
-        for name in PATHS:
-            line = [row for row in rows if (row.nodes, row.operation, row.path) == (nodes, operation, name)]
-            line.sort(key=lambda row: row.top_k)
-            ks = [row.top_k for row in line]
-            style = {"color": COLORS[name], "label": name, "marker": "o", "markersize": 3}
-            axes[0][column].plot(ks, [row.bytes_max / 1e6 for row in line], **style)
-            axes[1][column].plot(ks, [row.p50_ms for row in line], **style)
-            axes[1][column].fill_between(
-                ks, [r.p20_ms for r in line], [r.p80_ms for r in line], color=COLORS[name], alpha=0.2, linewidth=0
-            )
-        least = sorted(
-            {(row.top_k, row.minimum_max / 1e6) for row in rows if (row.nodes, row.operation) == columns[column]}
-        )
-        axes[0][column].plot(*zip(*least, strict=True), color="black", linestyle=":", label="minimum")
-        axes[0][column].set_title(f"{operation}, {nodes} nodes x {RANKS_PER_NODE}")
-        axes[1][column].set_xlabel("top-k")
-    axes[0][0].set_ylabel("MB, busiest node and direction")
-    axes[1][0].set_ylabel("ms (p50; band p20 to p80)")
-    axes[0][0].legend(fontsize=8)
-    for axis in axes.flat:
-        axis.set(ylim=(0, None))
-        axis.grid(alpha=0.3, linewidth=0.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def report() -> None:
-    """Write the table and the plot from the results."""
-    rows = read(RESULTS)
-    text = PAGE.read_text()
-    PAGE.write_text(insert(text, table(rows), PAGE))
-    plot(rows, PLOT)
-    print("wrote", PAGE, PLOT)
-
-
-def main() -> None:
-    """Run the cases that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, help="only this number of nodes")
-    parser.add_argument("--top-k", type=int, help="only this K")
-    parser.add_argument("--link-mbit", type=int, default=LINK_MBIT, help="speed of every link in each direction")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--overlap", type=int, default=8, help="rounds that measure overlap")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="stem of the result files")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
-    args = parser.parse_args()
-    if not args.report:
-        if reason := why_not():
-            raise SystemExit(f"no cluster of namespaces here: {reason}")
-        for nodes, top_k, max_nodes in CASES:
-            if nodes == (args.nodes or nodes) and top_k == (args.top_k or top_k):
-                with Cluster(nodes, rate=f"{args.link_mbit}mbit") as cluster:
-                    rows = run_case(cluster, args, top_k, max_nodes)
-                write(rows, args.out)
-                print(table(rows), flush=True)
-    if args.out == RESULTS:
+def run() -> int:
+    """Measure, or report; the exit status."""
+    given = parser().parse_args()
+    status = 0 if given.report else main(BENCHMARK, parser())
+    if given.report or given.out == RESULTS:
         report()
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

@@ -19,7 +19,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
-INTRO = """# What the kernels become
+INTRO = """---
+hide:
+  - toc
+---
+
+# What the kernels become
 
 Compiled ahead of time by `make kernel-report` with Triton {triton}; no GPU is needed. The launches are those of the
 wrappers in `kernels/`, at the shapes named; shapes beyond the first are shown for one target, and held to the same by

@@ -34,27 +34,27 @@ SHAPE = "--hidden 7168 --experts 64 --top-k 8"
 SHAPE_OF_SCALING = "--hidden 2048 --experts 64 --top-k 8"
 # (launcher, ranks, script, name of the results, options)
 RUNS: list[tuple[str, int, str, str, str]] = [
-    ("torchrun", 4, TIMES, "dispatch_combine", f"{SHAPE} --tokens 16 --repeats 60 --warmup 20"),
+    ("torchrun", 4, TIMES, "dispatch_combine", f"{SHAPE} --tokens 16 --repeats 24 --warmup 6"),
     ("torchrun", 4, TIMES, "dispatch_combine", f"{SHAPE} --tokens 1024 --repeats 15"),
-    ("torchrun", 2, TIMES, "dispatch_combine", f"{SHAPE} --tokens 16 --repeats 60 --warmup 20"),
-    ("torchrun", 2, TIMES, "dispatch_combine", f"{SHAPE} --tokens 4096 --repeats 8 --warmup 2"),
+    ("torchrun", 2, TIMES, "dispatch_combine", f"{SHAPE} --tokens 16 --repeats 24 --warmup 6"),
+    ("torchrun", 2, TIMES, "dispatch_combine", f"{SHAPE} --tokens 4096 --repeats 6 --warmup 1"),
     (
         "torchrun",
         2,
         TIMES,
         "scaling",
-        f"{SHAPE_OF_SCALING} --tokens 256,512,1024,2048,4096,8192 --repeats 8 --warmup 2",
+        f"{SHAPE_OF_SCALING} --tokens 256,512,1024,2048,4096,8192 --repeats 6 --warmup 1",
     ),
     ("torchrun", 2, TIMES, "tiny", "--preset tiny --tokens 1,16,128,1024 --transport auto,collective"),
     ("torchrun", 4, TIMES, "tiny", "--preset tiny --tokens 128 --transport auto,collective"),
     ("python", 1, TIMES, "tiny", "--preset tiny --tokens 128"),
     ("torchrun", 2, TIMES, "tiny", "--preset tiny --tokens 128 --skew zipf:1,ratio:2,hot:1"),
     ("mpiexec", 2, TIMES, "tiny_mpi", "--preset tiny --tokens 16,128,1024 --transport auto,mpi"),
-    ("torchrun", 2, DECODE, "decode", "--repeats 20"),
-    ("torchrun", 4, DECODE, "decode", "--repeats 12"),
+    ("torchrun", 2, DECODE, "decode", "--repeats 10 --warmup 2"),
+    ("torchrun", 4, DECODE, "decode", "--repeats 8 --warmup 2"),
     ("torchrun", 2, LAYER, "moe_layer", "--preset tiny --tokens 128,1024"),
     ("torchrun", 4, LAYER, "moe_layer", "--preset tiny --tokens 128"),
-    ("torchrun", 4, DEEP_EP, "deep_ep", "--tokens 128 --repeats 30 --warmup 6"),
+    ("torchrun", 4, DEEP_EP, "deep_ep", "--tokens 128 --repeats 20 --warmup 4"),
     ("torchrun", 4, CHECK, "check", "--tokens 1024 --repeats 10 --warmup 2"),
     ("torchrun", 4, MEMORY, "memory.txt", "--tokens 256 --hidden 1024 --experts 64 --top-k 8 --iterations 1000"),
 ]
@@ -91,7 +91,7 @@ def reports() -> list[list[str]]:
     """The command lines that write tables, plots and the page from what is there."""
     report = [sys.executable, str(BENCH / "report.py")]
     table = str(RESULTS / "dispatch_combine.json")
-    everything = [str(path) for path in sorted(RESULTS.glob("*.json")) if path.stem != "internode"]
+    everything = [str(path) for path in sorted(RESULTS.glob("*.json"))]
     curves = [str(RESULTS / f"{name}.json") for name in ("tiny", "scaling") if (RESULTS / f"{name}.json").exists()]
     plots = [*curves[:1], table, "--formats", "svg", "--plots", str(ROOT / "docs/assets/bench")]
     page = ["--html", str(ROOT / "docs/assets/bench/report.html")]
