@@ -18,7 +18,7 @@ from moecomm.deep_ep.elastic_handle import EPHandle
 from moecomm.deep_ep.elastic_rows import ElasticRows, Plan
 from moecomm.deep_ep.events import EventHandle, EventOverlap, begin_after, finished
 from moecomm.deep_ep.parcels import Parcel, summed_bias
-from moecomm.deep_ep.refusals import INDEX_DTYPES, NotThere, demand, demand_tensor
+from moecomm.deep_ep.refusals import INDEX_DTYPES, NotThere, demand, demand_count, demand_tensor
 from moecomm.deep_ep.wire import Wire
 from moecomm.topology import Topology
 
@@ -223,11 +223,15 @@ class ElasticBuffer(NotThere):
         parcel = Parcel.of(x, topk_idx, topk_weights)
         idx = demand_tensor("topk_idx", topk_idx, len(parcel.x), None, dtypes=INDEX_DTYPES)
         room = num_max_tokens_per_rank or self.num_max_tokens_per_rank
-        for name, value in (("num_experts", num_experts), ("num_max_tokens_per_rank", room)):
-            demand(isinstance(value, int) and value > 0, f"{name} is no count", got=repr(value), expected="at least 1")
-        demand(len(idx) <= room, "too many tokens", got=len(idx), expected=f"at most num_max_tokens_per_rank={room}")
         align = 1 if expert_alignment is None else expert_alignment
-        demand(isinstance(align, int) and align > 0, "expert_alignment is no count", got=align, expected="at least 1")
+        for name, value in (
+            ("num_experts", num_experts),
+            ("num_max_tokens_per_rank", room),
+            ("expert_alignment", align),
+        ):
+            demand_count(name, value)
+        if len(idx) > room:
+            demand(False, "too many tokens", got=len(idx), expected=f"at most num_max_tokens_per_rank={room}")
         assert num_experts is not None
         plan = Plan(num_experts, room, align, True if do_cpu_sync is None else do_cpu_sync)
         send = self._rows.expanded if do_expand else self._rows.compact

@@ -22,9 +22,7 @@ class EPHandle:
     do_expand, num_experts, expert_alignment, num_max_tokens_per_rank, num_sms: as given. topk_idx: (T, K), the caller's
     own with do_handle_copy=False. num_recv_tokens: N. num_expanded_tokens: X, 0 without do_expand.
     num_recv_tokens_per_expert_list: aligned counts; [] without do_cpu_sync.
-    num_unaligned_recv_tokens_per_expert: (L,) int32. psum_num_recv_tokens_per_scaleup_rank: (R,) int32 inclusive.
-    psum_num_recv_tokens_per_expert: (L,) int32, inclusive sums of aligned counts; with do_expand the end of each
-    expert's rows, without its padding. token_metadata_at_forward, channel_linked_list: None.
+    num_unaligned_recv_tokens_per_expert: (L,) int32. token_metadata_at_forward, channel_linked_list: None.
     """
 
     do_expand: bool
@@ -37,11 +35,20 @@ class EPHandle:
     num_expanded_tokens: int
     num_recv_tokens_per_expert_list: list[int]
     num_unaligned_recv_tokens_per_expert: Tensor
-    psum_num_recv_tokens_per_scaleup_rank: Tensor
-    psum_num_recv_tokens_per_expert: Tensor
     token_metadata_at_forward: None = None
     channel_linked_list: None = None
     route: Route = field(repr=False)
+    ends: list[int] = field(repr=False)
+
+    @cached_property
+    def psum_num_recv_tokens_per_scaleup_rank(self) -> Tensor:
+        """(R,) int32 inclusive sums of the tokens that came from each rank."""
+        return self.route.received().cumsum(0).to(self.route.local_NK.device, torch.int32)
+
+    @cached_property
+    def psum_num_recv_tokens_per_expert(self) -> Tensor:
+        """(L,) int32 inclusive sums of aligned counts; with do_expand the ends of experts' rows, without padding."""
+        return torch.tensor(self.ends, dtype=torch.int32, device=self.route.local_NK.device)
 
     @cached_property
     def recv_src_metadata(self) -> Tensor:

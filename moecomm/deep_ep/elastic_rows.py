@@ -176,7 +176,7 @@ class ElasticRows:
 
 
 def _handle(route: Route, plan: Plan, counts: Tensor, *, num_expanded: int | None = None) -> EPHandle:
-    device, here = counts.device, counts.tolist()
+    here = counts.tolist()
     padded, starts = padded_sums(here, plan.align)
     ends = [start + size for start, size in zip(starts, padded if num_expanded is None else here, strict=True)]
     return EPHandle(
@@ -190,7 +190,6 @@ def _handle(route: Route, plan: Plan, counts: Tensor, *, num_expanded: int | Non
         num_expanded_tokens=num_expanded or 0,
         num_recv_tokens_per_expert_list=padded if plan.exact else [],
         num_unaligned_recv_tokens_per_expert=counts.to(torch.int32),
-        psum_num_recv_tokens_per_scaleup_rank=route.received().cumsum(0).to(device, torch.int32),
-        psum_num_recv_tokens_per_expert=torch.tensor(ends, dtype=torch.int32, device=device),
         route=route,
+        ends=ends,
     )

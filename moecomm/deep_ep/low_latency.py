@@ -108,7 +108,8 @@ class LowLatencyMode:
             space, routing = self._routed(shipment)
             in_groups = space.placement is None and not by_kernels  # of a fixed size, on all ranks
             align = -num_slots if in_groups else 1
-            return self._wire.dispatch_async(space, rows, beside, routing, None, layout="expert", align=align)
+            how: dict[str, Any] = {"starts": return_recv_hook, "layout": "expert", "align": align}
+            return self._wire.dispatch_async(space, rows, beside, routing, None, **how)
 
         arrive = self._crew.start(begin, dispatch_wait_recv_cost_stats)
 
@@ -191,7 +192,8 @@ class LowLatencyMode:
             left_out = (topk_idx < 0) & (home.topk_idx >= 0)
             if left_out.any():
                 home = replace(home, send_pos=home.send_pos.masked_fill(left_out, -1))
-            return self._wire.combine_async(shipment.space, shipment.rows_of(given), home, quant=quant)
+            rows = shipment.rows_of(given)
+            return self._wire.combine_async(shipment.space, rows, home, starts=return_recv_hook, quant=quant)
 
         arrive = self._crew.start(begin, combine_wait_recv_cost_stats)
         if out is None and not return_recv_hook:

@@ -67,11 +67,21 @@ class Wire:
         return made.buffer.dispatch((x, beside), topk_idx, topk_weights, **how)
 
     def dispatch_async(
-        self, space: Space, x: Tensor, beside: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, **how: Any
+        self,
+        space: Space,
+        x: Tensor,
+        beside: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        *,
+        starts: bool,
+        **how: Any,
     ) -> moecomm.Pending[Dispatched]:
-        """`dispatch` that has been started."""
+        """`dispatch` that has been started, or that its `wait` starts: that costs less where it follows at once."""
         made = self._buffer(space, x, row_bytes(x) + row_bytes(beside))
-        return made.buffer.dispatch_async((x, beside), topk_idx, topk_weights, **how)
+        if starts:
+            return made.buffer.dispatch_async((x, beside), topk_idx, topk_weights, **how)
+        return moecomm.Pending(lambda: made.buffer.dispatch((x, beside), topk_idx, topk_weights, **how))
 
     def replay(self, space: Space, x: Tensor, beside: Tensor | None, handle: DispatchHandle) -> Any:
         """Send rows along the route of a handle; the rows that arrived, or the pair."""
@@ -95,13 +105,16 @@ class Wire:
         return made.buffer.combine(rows.detach(), made.own(handle), weighted=False, bias=bias)
 
     def combine_async(
-        self, space: Space, rows: Tensor, handle: DispatchHandle, *, quant: str | None = None
+        self, space: Space, rows: Tensor, handle: DispatchHandle, *, starts: bool, quant: str | None = None
     ) -> moecomm.Pending[Tensor]:
-        """Start to lead rows home and sum them, each multiplied by its weight; quant: how they travel."""
+        """Lead rows home and sum them, each times its weight; starts: as `dispatch_async`; quant: how they go."""
         made, rows = self._buffer(space, rows, row_bytes(rows)), rows.detach()
         if quant is not None and moves_by_kernels(rows.device):  # which move rows of the buffer's dtype only
             rows, quant = dequantize(*quantize(rows, quant), rows.dtype, rows.shape[1]), None
-        return made.buffer.combine_async(rows, made.own(handle), quant=quant)
+        own = made.own(handle)
+        if starts:
+            return made.buffer.combine_async(rows, own, quant=quant)
+        return moecomm.Pending(lambda: made.buffer.combine(rows, own, quant=quant))
 
     def buffers(self) -> Iterator[moecomm.Buffer]:
         """Those that were made."""
