@@ -17,6 +17,8 @@ from moecomm.kernels._launch import Launch
 from moecomm.kernels.assembly import flushes, fused_products, memory_orders, row_widths, use_amd, use_nvidia
 from moecomm.kernels.combine import push_reduced
 from moecomm.kernels.layout import SendLayout, layout
+from moecomm.kernels.padded import padded_receive, padded_send
+from moecomm.kernels.padded_home import padded_return, padded_sum
 from moecomm.kernels.permute import permute, unpermute
 from moecomm.kernels.push import push, push_quantized
 from moecomm.kernels.quant import GROUP, dequantize, quantize
@@ -24,6 +26,7 @@ from moecomm.kernels.receive import receive
 from moecomm.kernels.reduce import reduce
 from moecomm.kernels.reduce_grad import reduce_grad_rows, reduce_grad_weights
 from moecomm.kernels.rows import Arriving, RowFormat
+from moecomm.kernels.slots import FLOAT_SCALES, Slots
 from moecomm.kernels.sync import signal, wait
 from moecomm.kernels.wire import FIELDS, LATE, Link, Wire
 from torch import Tensor
@@ -36,6 +39,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_DECODE_TOKENS = 128
 SHARED_LIMIT_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
@@ -146,6 +150,42 @@ def operations(shape: Shape, rank: int = 3) -> dict[str, Callable[[], Any]]:
         "local: dequantize": lambda: dequantize(codes, scales, dtype),
         "barrier: signal": lambda: signal(link, wire),
         "barrier: wait": lambda: wait(link, wire),
+        **_decode_operations(shape, wire, link._replace(max_tokens=_DECODE_TOKENS)),
+    }
+
+
+def _decode_operations(shape: Shape, wire: Wire, link: Link) -> dict[str, Callable[[], Any]]:
+    """The launches of layout "padded", at the tokens of a decoding step."""
+    hidden, top_k, local, world, dtype, _ = shape[1:]
+    tokens, rows, fp8 = link.max_tokens, local * world * link.max_tokens, int(FLOAT_SCALES)
+    int32, int64 = torch.int32, torch.int64
+    slots = Slots(
+        out=link,
+        home=link,
+        rank_of_expert=_meta(world * local, dtype=int32),
+        local_of_expert=_meta(world * local, dtype=int32),
+        topk_idx=_meta(tokens, top_k, dtype=int64),
+        topk_weights=_meta(tokens, top_k),
+        places=_meta(tokens, top_k, dtype=int32),
+        ranges=_meta(local, world, 2, dtype=int32),
+        tokens=_meta(local, dtype=int32),
+        totals=_meta(local, dtype=int64),
+        book=_meta(2, dtype=int64),
+        notes=_meta(3, dtype=int64),
+    )
+    x, y, many = (_meta(count, hidden, dtype=dtype) for count in (tokens, tokens, rows))
+    sent = {"topk_weights": _meta(tokens, top_k), "wire": wire, "number": 6}
+    home, weights = {"wire": wire, "number": 6}, _meta(tokens, top_k)
+    return {
+        "padded: send": lambda: padded_send(x, _meta(tokens, top_k, dtype=int64), slots, **sent),
+        "padded: send, FP8": lambda: padded_send(x, _meta(tokens, top_k, dtype=int64), slots, **sent, quant=fp8),
+        "padded: receive": lambda: padded_receive(slots, wire=wire),
+        "padded: receive, copied": lambda: padded_receive(slots, wire=wire, out=many),
+        "padded: return": lambda: padded_return(None, slots, **home),
+        "padded: return, copied": lambda: padded_return(many, slots, **home),
+        "padded: return, FP8": lambda: padded_return(many, slots, **home, quant=fp8),
+        "padded: sum": lambda: padded_sum(y, slots, **home, weights=weights),
+        "padded: sum, FP8": lambda: padded_sum(y, slots, **home, weights=weights, quant=fp8),
     }
 
 
@@ -252,6 +292,13 @@ def row_traffic(name: str, shape: Shape) -> tuple[int, int]:
         "local: unpermute": (row + 4, row),
         "local: quantize": (row, fp8),
         "local: dequantize": (fp8, row),
+        "padded: send": (row, row),
+        "padded: send, FP8": (row, fp8),
+        "padded: receive, copied": (row, row),
+        "padded: return, copied": (row, row),
+        "padded: return, FP8": (row, fp8),
+        "padded: sum": (top_k * row, row),
+        "padded: sum, FP8": (top_k * fp8, row),
     }
     return tables.get(name, (0, 0))
 

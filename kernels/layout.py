@@ -32,6 +32,13 @@ class SendLayout(NamedTuple):
     counts: Tensor
 
 
+@triton.jit
+def note_entry(word, entry, expert):
+    """Note an entry with which something is wrong, and what it names; the first of all is kept."""
+    shown = tl.minimum(tl.maximum(expert.to(tl.int64), -(2**31)), 2**31 - 1) & 0xFFFFFFFF
+    tl.atomic_max(word, (tl.cast(2**31 - 1 - entry, tl.int64) << 32) | shown, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["num_tokens", "max_tokens", "num_experts"])
 def _layout_kernel(
     meta,
@@ -83,10 +90,7 @@ def _layout_kernel(
                 bad = inside & ((expert < -1) | (expert >= num_experts))
                 worst = tl.min(tl.min(tl.where(bad, entry, 2**31 - 1), axis=1), axis=0)
                 if worst < 2**31 - 1:
-                    shown = tl.load(topk_idx + worst).to(tl.int64)
-                    shown = tl.minimum(tl.maximum(shown, -(2**31)), 2**31 - 1) & 0xFFFFFFFF
-                    key = ((2**31 - 1 - worst).to(tl.int64) << 32) | shown
-                    tl.atomic_max(status + BAD_ID, key, sem="relaxed")
+                    note_entry(status + BAD_ID, worst, tl.load(topk_idx + worst))
         tl.store(counts + program * WIRE.counts_width, num_pairs)
         column = tl.arange(0, WIRE.counts_p2)
         unused = (column > end - begin) & (column < WIRE.counts_width)

@@ -161,7 +161,7 @@ def quantize_ref(x: Tensor, *, power_of_two: bool = False, max_programs: int | N
         most = torch.where(bits == 247 << 23, 240.0, largest)
     scaled = (value * inverse[..., None]).clamp(-most[..., None], most[..., None])
     codes = torch.where(scaled.isnan(), torch.nan, scaled).to(torch.float8_e4m3fn)
-    return codes.view(num_rows, -1)[:, :hidden].contiguous(), scales
+    return codes.flatten(1)[:, :hidden].contiguous(), scales
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -30,13 +30,20 @@ def encoded(payloads: Sequence[Tensor], spec: QuantSpec | None, check: Checker) 
     """The pair (codes, scales) of rows; what was already a pair stays as it is."""
     if spec is None or len(payloads) == 2:
         return tuple(payloads)
+    refuse_encoding(payloads, check)
+    return quantize(payloads[0], spec)
+
+
+def refuse_encoding(payloads: Sequence[Tensor], check: Checker) -> None:
+    """Refuse rows that cannot be quantised, unless they are already."""
+    if len(payloads) == 2:
+        return
     rows = payloads[0]
     if rows.dtype not in FLOAT_DTYPES:
         what, expected = "rows of this dtype cannot be quantised", "float32, float16 or bfloat16"
         remedy = "leave quant out, or build the buffer with one of those"
         raise check.error(UnsupportedError, what, got=rows.dtype, expected=expected, remedy=remedy)
     refuse_gradient("quantised rows have no gradient", check, rows)
-    return quantize(rows, spec)
 
 
 def refuse_gradient(what: str, check: Checker, *tensors: Tensor) -> None:

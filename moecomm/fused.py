@@ -42,6 +42,7 @@ class FusedOperations:
         begin, end = tables.rank_starts[transport.group.rank :][:2].tolist()
         self._experts = begin, end - begin
         top_k = transport.wire.top_k
+        self.padded_notes: Callable[[], None] | None = None  # raises what kernels of layout "padded" noted
         self._entries_MK = torch.arange(transport.max_tokens * top_k, dtype=torch.int32, device=device).view(-1, top_k)
 
     def static_sizes(self, layout: str) -> tuple[int, int] | None:
@@ -291,6 +292,8 @@ class FusedOperations:
         """Wait on the host until everything is done, and look at what kernels noted."""
         self.transport.synchronize()
         self.check("synchronize")
+        if self.padded_notes is not None:
+            self.padded_notes()
 
     def _finish_launching(
         self, core: Core, operation: str, num_pairs: Callable[[], np.ndarray], payloads: Sequence[Tensor]

@@ -99,6 +99,11 @@ class QuantSpec:
         """Scales per row."""
         return 1 if self.format == "int8" else -(-hidden // GROUP)
 
+    def kinds(self, hidden: int) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+        """Dtype and shape of the codes of a row, and of its scales."""
+        widths = self.code_width(hidden), self.num_scales(hidden)
+        return (self.code_dtype, widths[:1]), (self.scale_dtype, widths[1:])
+
     def row_bytes(self, hidden: int) -> int:
         """Bytes of a row and its scales."""
         return self.code_width(hidden) + self.num_scales(hidden) * self.scale_dtype.itemsize

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecomm.handle import Pending
+from moecomm.quant import QuantSpec, quantize
+from moecomm.transport.base import as_bytes
 
 # The dtype and the shape of one row of each payload.
 Kinds = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
@@ -42,6 +44,26 @@ class Generation:
     trip: Any = field(default=None)
 
 
+def encoded(payloads: Sequence[Tensor], spec: QuantSpec | None) -> Sequence[Tensor]:
+    """The pair (codes, scales) of rows, row by row; what was already a pair stays as it is."""
+    if spec is None or len(payloads) == 2:
+        return payloads
+    return quantize(payloads[0], replace(spec, column_major=False))
+
+
+def encode_home(g: Generation, rows: Tensor, spec: QuantSpec, areas: Sequence[Tensor]) -> None:
+    """Write codes and scales of the (L, W * M, H) rows that arrived into areas; the other rows are not looked at."""
+    assert g.ranges is not None
+    spans = g.ranges.flatten(0, 1).long()
+    num_rows, first = spans[:, 1] - spans[:, 0], torch.arange(len(spans), device=rows.device)
+    starts = first // g.ranges.shape[1] * rows.shape[1] + spans[:, 0]
+    before = num_rows.cumsum(0) - num_rows
+    here = torch.repeat_interleave(starts - before, num_rows)
+    here += torch.arange(len(here), device=rows.device)
+    for part, area in zip(encoded((rows.flatten(0, 1)[here],), spec), areas, strict=True):
+        as_bytes(area.flatten(0, 1))[here] = as_bytes(part)
+
+
 class Mover(ABC):
     """Moves padded rows. Operations come in the same order on every rank."""
 
@@ -51,25 +73,33 @@ class Mover(ABC):
 
     @abstractmethod
     def send(
-        self, g: Generation, payloads: Sequence[Tensor], topk_idx_TK: Tensor, topk_weights_TK: Tensor | None, tag: str
+        self,
+        g: Generation,
+        payloads: Sequence[Tensor],
+        topk_idx_TK: Tensor,
+        topk_weights_TK: Tensor | None,
+        tag: str,
+        spec: QuantSpec | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Send (T, ...) payloads to their slots; the routing (T, K), weights (T, K), and places (T, K) to keep."""
+        """Send (T, ...) payloads to their slots; the routing (T, K), weights (T, K), and places (T, K) to keep.
+
+        spec: how a single payload becomes the two that `g.kinds` says.
+        """
 
     @abstractmethod
-    def receive(self, g: Generation, tag: str) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Wait for every rank; (L, W * M, ...) payloads, (L, W, 2) int32 ranges, (L,) int32 rows per expert."""
+    def receive(self, g: Generation, tag: str, out: Sequence[Tensor] | None) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+        """Wait for every rank; (L, W * M, ...) payloads, (L, W, 2) int32 ranges, (L,) int32 rows per expert.
 
-    @abstractmethod
-    def copy_out(self, g: Generation, arrived: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Copy the rows that arrived, and no others, into tensors of the same shape."""
+        out: tensors that the rows that arrived, and no others, are copied to; the payloads are then these.
+        """
 
     @abstractmethod
     def home_rows(self, g: Generation, kinds: Kinds) -> list[Tensor]:
         """(L, W * M, ...) tensors from which rows go home without a copy."""
 
     @abstractmethod
-    def lead_home(self, g: Generation, payloads: Sequence[Tensor], number: int, tag: str) -> None:
-        """Let the rows that arrived go home, or rather what experts made of them."""
+    def lead_home(self, g: Generation, rows: Tensor, spec: QuantSpec | None, number: int, tag: str) -> Kinds:
+        """Let (L, W * M, H) rows go home, those that arrived, or rather what experts made of them; what travels."""
 
     @abstractmethod
     def sum_home(
@@ -78,8 +108,8 @@ class Mover(ABC):
         """Wait for every rank and sum the rows of each token in ascending k."""
 
     @abstractmethod
-    def free(self, tag: str) -> None:
-        """Wait until every rank has no more use for what the operation that follows overwrites."""
+    def free(self, g: Generation, tag: str) -> None:
+        """Wait until every rank has no more use for the rows of this generation."""
 
     @property
     @abstractmethod

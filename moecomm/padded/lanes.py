@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moecomm.core import Core
 from moecomm.operations import Parcel, Route, contiguous_lane, finish_out, out_parcels, send
-from moecomm.padded.generation import Generation, Kinds, Mover
+from moecomm.padded.generation import Generation, Kinds, Mover, encode_home, encoded
 from moecomm.plan import first_bad_entry, plan_send, settle
-from moecomm.quant import dequantize
+from moecomm.quant import QuantSpec, dequantize
 from moecomm.rows import copy_rows, empty_rows, reduce_rows
 from moecomm.transport.base import Exchange, as_bytes
 
@@ -68,9 +68,15 @@ class LaneMover(Mover):
         return torch.where(flat < num_experts, slot, -1).view(topk_idx_TK.shape)
 
     def send(
-        self, g: Generation, payloads: Sequence[Tensor], topk_idx_TK: Tensor, topk_weights_TK: Tensor | None, tag: str
+        self,
+        g: Generation,
+        payloads: Sequence[Tensor],
+        topk_idx_TK: Tensor,
+        topk_weights_TK: Tensor | None,
+        tag: str,
+        spec: QuantSpec | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        core = self._core
+        core, payloads = self._core, encoded(payloads, spec)
         idx = topk_idx_TK.clone().long()
         weights = torch.ones(idx.shape, device=idx.device) if topk_weights_TK is None else topk_weights_TK.clone()
         plan = plan_send(idx, core.tables)
@@ -83,16 +89,16 @@ class LaneMover(Mover):
         place = local * self._per_expert + core.rank * self._max_tokens + self._slots_of(idx)
         return idx, weights, torch.where(local < 0, -1, place).to(torch.int32)
 
-    def receive(self, g: Generation, tag: str) -> tuple[list[Tensor], Tensor, Tensor]:
+    def receive(self, g: Generation, tag: str, out: Sequence[Tensor] | None) -> tuple[Sequence[Tensor], Tensor, Tensor]:
         trip: Trip = g.trip
         arrived = finish_out(self._core, trip.exchange, trip.route, trip.payloads, weighted=False)
         counts_WL = trip.route.counts.expert_counts[:, self._mine]
         places = self._places(np.ascontiguousarray(counts_WL.T))
         rows = [part for part in (arrived.rows, arrived.scales) if part is not None]
-        out = self._rows_in(g.index, g.kinds)
+        areas = self._rows_in(g.index, g.kinds) if out is None else out
         device = rows[0].device
         order = torch.from_numpy(places).to(device)
-        for part, area in zip(rows, out, strict=True):
+        for part, area in zip(rows, areas, strict=True):
             if len(part):
                 copy_rows(as_bytes(area.flatten(0, 1)), as_bytes(part), torch.arange(len(part), device=device), order)
         trip.recv_rows = order[torch.from_numpy(trip.route.counts.recv_slots()).to(device)]
@@ -100,7 +106,7 @@ class LaneMover(Mover):
         ranges = np.stack([np.broadcast_to(begins, counts_WL.T.shape), begins + counts_WL.T], 2).astype(np.int32)
         per_expert = counts_WL.sum(0, dtype=np.int32)
         self._total += torch.from_numpy(per_expert).to(device)
-        return out, torch.from_numpy(ranges).to(device), torch.from_numpy(per_expert).to(device)
+        return areas, torch.from_numpy(ranges).to(device), torch.from_numpy(per_expert).to(device)
 
     def _places(self, counts_LW: np.ndarray) -> np.ndarray:
         """Row in (L * W * M) of every row that arrived, sorted by (local expert, source rank, token, k)."""
@@ -108,12 +114,6 @@ class LaneMover(Mover):
         starts = np.arange(len(runs)) * self._max_tokens
         before = np.cumsum(runs) - runs
         return np.repeat(starts - before, runs) + np.arange(int(runs.sum()))
-
-    def copy_out(self, g: Generation, arrived: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        places = g.trip.recv_rows
-        for rows, target in zip(arrived, out, strict=True):
-            flat, given = as_bytes(target.view(-1, *target.shape[2:])), as_bytes(rows.flatten(0, 1))
-            copy_rows(flat, given, places, places)
 
     def _rows_in(self, area: int, kinds: Kinds) -> list[Tensor]:
         """Tensors of those kinds, one behind the other, that are made once."""
@@ -132,8 +132,12 @@ class LaneMover(Mover):
     def home_rows(self, g: Generation, kinds: Kinds) -> list[Tensor]:
         return self._rows_in(2 + g.index, kinds)
 
-    def lead_home(self, g: Generation, payloads: Sequence[Tensor], number: int, tag: str) -> None:
+    def lead_home(self, g: Generation, rows: Tensor, spec: QuantSpec | None, number: int, tag: str) -> Kinds:
         trip: Trip = g.trip
+        payloads = [rows]
+        if spec is not None:
+            payloads = self.home_rows(g, spec.kinds(self._hidden))
+            encode_home(g, rows, spec, payloads)
         lanes = [contiguous_lane(trip.route.moved_WW.T, self._core.rank, _row_bytes(part)) for part in payloads]
         homes = None if self._core.integrity is None else trip.route.order_S // trip.route.top_k
         parcels = [
@@ -141,6 +145,7 @@ class LaneMover(Mover):
             for lane, part in zip(lanes, payloads, strict=True)
         ]
         trip.home = send(self._core, tag, parcels)
+        return tuple((part.dtype, tuple(part.shape[2:])) for part in payloads)
 
     def sum_home(
         self,
@@ -161,7 +166,7 @@ class LaneMover(Mover):
         trip.home.release()
         trip.home = None
 
-    def free(self, tag: str) -> None:
+    def free(self, g: Generation, tag: str) -> None:
         """Nobody reads or writes another rank's memory here."""
 
     @property

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from moecomm._compiled import compiled
-from moecomm.checks import FLOAT_DTYPES, Checker
+from moecomm.checks import FLOAT_DTYPES, BufferConfig, Checker
 from moecomm.core import Core
-from moecomm.encoding import arranged, encoded, refuse_gradient, spec_of
+from moecomm.encoding import arranged, refuse_encoding, refuse_gradient, spec_of
 from moecomm.errors import CapacityError, ConfigError, RoutingError, StaleHandleError, UnsupportedError
+from moecomm.footprint import slot_bytes
 from moecomm.handle import Dispatched, PaddedHandle, Pending
 from moecomm.padded.generation import Generation, Kinds, Mover
+from moecomm.padded.kernels import KernelMover
 from moecomm.padded.lanes import LaneMover
-from moecomm.quant import QuantSpec, quantize
+from moecomm.quant import QuantSpec
 from moecomm.rows import empty_rows
-from moecomm.transport.base import as_bytes
 
 
 def refuse_options(check: Checker, layout: Any, align: Any) -> None:
@@ -35,8 +36,11 @@ def refuse_options(check: Checker, layout: Any, align: Any) -> None:
         raise check.error(UnsupportedError, what, got=f"align={align!r}", expected="align=1", remedy=remedy)
 
 
-def _mover(core: Core, max_tokens: int, top_k: int, hidden: int) -> Mover:
-    """Slots where ranks reach each other's memory and loops can be compiled, else lanes, where rows can be checked."""
+def _mover(core: Core, config: BufferConfig) -> Mover:
+    """Kernels where they move rows; slots where ranks share memory and loops can be compiled; else lanes."""
+    max_tokens, top_k, hidden = config.max_tokens_per_rank, config.top_k, config.hidden
+    if core.fused is not None:
+        return KernelMover(core, slot_bytes(config, core.tables.placement.num_ranks), max_tokens, hidden)
     if core.integrity is not None or core.transport.padded_slots is None or compiled("moecomm.padded._jit") is None:
         return LaneMover(core, max_tokens, top_k, hidden)
     from moecomm.padded.slots import SlotMover
@@ -51,8 +55,7 @@ class PaddedOperations:
     def __init__(self, core: Core, check: Checker) -> None:
         self._core, self._check, self._config = core, check, check.config
         config, placement = check.config, core.tables.placement
-        shape = config.max_tokens_per_rank, config.top_k, config.hidden
-        self.mover = _mover(core, *shape)
+        self.mover = _mover(core, config)
         self._generations = Generation(0), Generation(1)
         self._number = self._num_homes = 0
         rows = placement.num_ranks * config.max_tokens_per_rank
@@ -73,23 +76,18 @@ class PaddedOperations:
         """Send now; the result is the receive hook."""
         core = self._core
         core.check_usable()
-        if core.fused is not None:
-            what, remedy = (
-                'layout "padded" is not there where kernels move rows',
-                'use layout "expert", or another transport',
-            )
-            raise self._error(UnsupportedError, what, f"transport {core.transport.name}", "one on the host", remedy)
         spec = spec_of(quant, self._check)
-        rows, num_tokens = self._payloads(x)
-        payloads = encoded(rows, spec, self._check)
+        payloads, num_tokens = self._payloads(x)
+        if spec is not None:
+            refuse_encoding(payloads, self._check)
         idx, weights = self._routing(num_tokens, topk_idx, topk_weights, handle)
-        kinds, tag = self._kinds_of(payloads)
+        kinds, tag = self._kinds_of(payloads, spec)
         targets = None if out is None else self._targets(out, kinds)
         if bad := self.mover.check(idx):
             raise self._refused(idx, *bad)
         with core.guarded(), core.phase("send"):
             g = self._turn(kinds, num_tokens, tag)
-            kept = self.mover.send(g, payloads, idx, weights, tag)
+            kept = self.mover.send(g, payloads, idx, weights, tag, spec)
         core.counters["dispatches" if handle is None else "replays"] += 1
         number = g.number
         return Pending(lambda: self._arrive(g, number, tag, kept, targets, spec))
@@ -102,8 +100,8 @@ class PaddedOperations:
         g.home = None
         if not g.is_free:
             if not g.has_arrived:  # nobody will wait for it any more
-                self.mover.receive(g, g.tag)
-            self.mover.free(f"dispatch layout=padded frees={g.number}")
+                self.mover.receive(g, g.tag, None)
+            self.mover.free(g, f"dispatch layout=padded frees={g.number}")
         g.number, g.num_tokens, g.kinds, g.tag = self._number, num_tokens, kinds, tag
         g.has_arrived, g.is_free, g.led = False, False, 0
         self._number += 1
@@ -122,11 +120,8 @@ class PaddedOperations:
         if g.number != number:
             raise self._stale(number, "was never waited for, and")
         with core.guarded(), core.phase("wait"):
-            arrived, ranges, per_expert = self.mover.receive(g, tag)
+            arrived, ranges, per_expert = self.mover.receive(g, tag, targets)
             g.has_arrived, g.ranges = True, ranges
-            if targets is not None:
-                self.mover.copy_out(g, arrived, targets)
-                arrived = list(targets)
         idx, weights, places = kept
         given = Dispatched(
             x=arrived[0] if len(arrived) == 1 else tuple(arrived),
@@ -164,12 +159,10 @@ class PaddedOperations:
             if g.home is not None:
                 g.home.wait()
             if g.led:
-                self.mover.free(f"combine layout=padded frees={g.number}")
+                self.mover.free(g, f"combine layout=padded frees={g.number}")
             number = self._num_homes
             self._num_homes += 1
-            payloads = (rows,) if spec is None else self._encoded(g, rows, spec)
-            self.mover.lead_home(g, payloads, number, tag)
-        kinds = tuple((part.dtype, tuple(part.shape[2:])) for part in payloads)
+            kinds = self.mover.lead_home(g, rows, spec, number, tag)
         core.counters["combines"] += 1
         g.is_free, g.led = True, g.led + 1
 
@@ -260,21 +253,6 @@ class PaddedOperations:
                 raise self._error(ConfigError, "out is not contiguous", target.stride(), "rows that follow", "copy it")
         return given
 
-    def _encoded(self, g: Generation, rows: Tensor, spec: QuantSpec) -> list[Tensor]:
-        """Codes and scales of the rows that arrived, where they go home from; the other rows are not looked at."""
-        assert g.ranges is not None
-        spans = g.ranges.flatten(0, 1).long()
-        num_rows, first = spans[:, 1] - spans[:, 0], torch.arange(len(spans), device=rows.device)
-        starts = first // g.ranges.shape[1] * self.shape[1] + spans[:, 0]
-        before = num_rows.cumsum(0) - num_rows
-        here = torch.repeat_interleave(starts - before, num_rows)
-        here += torch.arange(len(here), device=rows.device)
-        made = quantize(rows.flatten(0, 1)[here], spec)
-        areas = self.mover.home_rows(g, tuple((part.dtype, tuple(part.shape[1:])) for part in made))
-        for part, area in zip(made, areas, strict=True):
-            as_bytes(area.flatten(0, 1))[here] = as_bytes(part)
-        return areas
-
     def _home_rows(self, rows: Any) -> Tensor:
         core = self._core
         if core.dtype not in FLOAT_DTYPES:
@@ -319,12 +297,14 @@ class PaddedOperations:
     def _error(self, kind: Any, what: str, got: object, expected: object, remedy: str) -> Any:
         return self._check.error(kind, what, got=got, expected=expected, remedy=remedy)
 
-    def _kinds_of(self, payloads: Sequence[Tensor]) -> tuple[Kinds, str]:
-        """Dtypes and row shapes of payloads, and the tag of their dispatch: what all ranks must agree on."""
-        key = tuple((part.dtype, part.shape[1:]) for part in payloads)
+    def _kinds_of(self, payloads: Sequence[Tensor], spec: QuantSpec | None) -> tuple[Kinds, str]:
+        """Dtypes and row shapes of what travels, and the tag of the dispatch: what all ranks must agree on."""
+        key = spec, *((part.dtype, part.shape[1:]) for part in payloads)
         found = self._kinds.get(key)
         if found is None:
-            kinds = tuple((dtype, tuple(shape)) for dtype, shape in key)
+            kinds: Kinds = tuple((part.dtype, tuple(part.shape[1:])) for part in payloads)
+            if spec is not None and len(payloads) == 1:
+                kinds = spec.kinds(self.shape[2])
             told = ",".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for dtype, shape in kinds)
             found = self._kinds[key] = kinds, f"dispatch layout=padded top_k={self._config.top_k} payload={told}"
         return found

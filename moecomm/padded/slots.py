@@ -14,8 +14,8 @@ from moecomm._compiled import compiled
 from moecomm.core import Core
 from moecomm.padded import _jit
 from moecomm.padded._jit import TOO_MANY, Receive, Send
-from moecomm.padded.generation import Generation, Kinds, Mover
-from moecomm.quant import dequantize
+from moecomm.padded.generation import Generation, Kinds, Mover, encode_home, encoded
+from moecomm.quant import QuantSpec, dequantize
 from moecomm.rows import FLOATS, reduce_rows
 from moecomm.transport.base import SLOT_ALIGN_BYTES, PaddedSlots, Wave
 
@@ -52,6 +52,7 @@ class SlotMover(Mover):
         self._send = [self._send_table(index) for index in range(2)]
         self._receive = [self._receive_table(index) for index in range(2)]
         self._views: dict[object, list[Tensor]] = {}
+        self._plain_kinds: Kinds = ((core.dtype, (hidden,)),)
 
     def _send_table(self, index: int) -> np.ndarray:
         tables, slots = self._core.tables, self._slots
@@ -94,8 +95,15 @@ class SlotMover(Mover):
         return None if bad < 0 else (bad % TOO_MANY, bad >= TOO_MANY)
 
     def send(
-        self, g: Generation, payloads: Sequence[Tensor], topk_idx_TK: Tensor, topk_weights_TK: Tensor | None, tag: str
+        self,
+        g: Generation,
+        payloads: Sequence[Tensor],
+        topk_idx_TK: Tensor,
+        topk_weights_TK: Tensor | None,
+        tag: str,
+        spec: QuantSpec | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        payloads = encoded(payloads, spec)
         words, offset, row_bytes_of_all = self._send[g.index], 0, 0
         words[Send.TOKENS], words[Send.PAYLOADS] = g.num_tokens, len(payloads)
         words[Send.IDX] = topk_idx_TK.data_ptr()
@@ -114,17 +122,17 @@ class SlotMover(Mover):
         idx, weights, places = self._views[key]
         return idx, weights, places
 
-    def receive(self, g: Generation, tag: str) -> tuple[list[Tensor], Tensor, Tensor]:
+    def receive(self, g: Generation, tag: str, out: Sequence[Tensor] | None) -> tuple[Sequence[Tensor], Tensor, Tensor]:
         self._slots.wait(Wave.OUT, g.number, tag)
         words, (address, stride) = self._receive[g.index], self._slots.counts_at(g.number)
         first = int(self._core.tables.rank_starts[self._core.rank])
         words[Receive.COUNTS], words[Receive.COUNTS_STRIDE] = address + 4 * first, stride
         g.trip = _jit.receive_kernel()(words.ctypes.data)
-        return self._rows_in(g.index, g.kinds), self._ranges[g.index], self._tokens[g.index]
-
-    def copy_out(self, g: Generation, arrived: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        for rows, target, kind in zip(arrived, out, g.kinds, strict=True):
-            self._copy_runs(g, target.data_ptr(), rows.data_ptr(), _row_bytes(kind))
+        arrived = self._rows_in(g.index, g.kinds)
+        if out is not None:
+            for rows, target, kind in zip(arrived, out, g.kinds, strict=True):
+                self._copy_runs(g, target.data_ptr(), rows.data_ptr(), _row_bytes(kind))
+        return arrived if out is None else out, self._ranges[g.index], self._tokens[g.index]
 
     def _copy_runs(self, g: Generation, out: int, rows: int, row_bytes: int) -> None:
         shape = self._local, self._world, self._per_expert
@@ -155,13 +163,16 @@ class SlotMover(Mover):
     def home_rows(self, g: Generation, kinds: Kinds) -> list[Tensor]:
         return self._rows_in(2 + g.index, kinds)
 
-    def lead_home(self, g: Generation, payloads: Sequence[Tensor], number: int, tag: str) -> None:
-        kinds = tuple((rows.dtype, tuple(rows.shape[2:])) for rows in payloads)
-        for rows, target, kind in zip(payloads, self.home_rows(g, kinds), kinds, strict=True):
-            if rows.data_ptr() != target.data_ptr():
-                self._copy_runs(g, target.data_ptr(), rows.data_ptr(), _row_bytes(kind))
+    def lead_home(self, g: Generation, rows: Tensor, spec: QuantSpec | None, number: int, tag: str) -> Kinds:
+        kinds = self._plain_kinds if spec is None else spec.kinds(self._hidden)
+        areas = self.home_rows(g, kinds)
+        if spec is not None:
+            encode_home(g, rows, spec, areas)
+        elif rows.data_ptr() != areas[0].data_ptr():
+            self._copy_runs(g, areas[0].data_ptr(), rows.data_ptr(), _row_bytes(kinds[0]))
         self._slots.post(Wave.HOME, number, tag)
         self._count(int(g.trip), int(self._send[g.index][Send.SENT_HERE]), sum(map(_row_bytes, kinds)))
+        return kinds
 
     def sum_home(
         self,
@@ -217,7 +228,7 @@ class SlotMover(Mover):
             offset += _aligned(self._most_rows * row_bytes)
         return dequantize(parts[0], parts[1], torch.float32, self._hidden)
 
-    def free(self, tag: str) -> None:
+    def free(self, g: Generation, tag: str) -> None:
         number = self._core.counters["frees"]
         self._core.counters["frees"] += 1
         self._slots.post(Wave.FREE, number, tag)

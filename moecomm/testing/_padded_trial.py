@@ -40,7 +40,8 @@ class Sent:
 class PaddedTrial:
     """Rounds of changing routings: the older of two live handles is used after the newer one, a stale one refused."""
 
-    def __init__(self, trial: Trial, checks: Checks) -> None:
+    def __init__(self, trial: Trial, checks: Checks, by_kernels: bool = False) -> None:
+        self.by_kernels = by_kernels  # then nobody knows on the host that an expert has no slot left
         self.trial, self.checks, self.case, self.buffer = trial, checks, trial.case, trial.buffer
         self.most = self.case.max_tokens_per_rank
         self.quantises = self.case.dtype == self.case.combine_dtype and not self.case.extreme
@@ -52,7 +53,9 @@ class PaddedTrial:
             sheet = self.trial.sheet(round)
             full = [rank for rank, idx in enumerate(sheet.topk_idxs) if self._most_entries(idx) > self.most]
             if full:  # nobody sends, since everybody knows
-                if self.trial.rank in full:
+                if self.by_kernels:
+                    self._leave_out(sheet, round, self.trial.rank in full)
+                elif self.trial.rank in full:
                     self._refuse(sheet, round)
                 continue
             sent = self.dispatch(round)
@@ -80,11 +83,23 @@ class PaddedTrial:
             lambda: call(self._payload(x, sheet), idx, layout="padded"), CapacityError, f"round {round}"
         )
 
+    def _leave_out(self, sheet: Sheet, round: int, is_full: bool) -> None:
+        """Send what has a slot; the host is told when it asks."""
+        x, idx = (self._on(parts[self.trial.rank]) for parts in (sheet.xs, sheet.topk_idxs))
+        self.buffer.dispatch(self._payload(x, sheet), idx, layout="padded")
+        self.previous = None
+        if is_full:
+            self.checks.refused(self.buffer.synchronize, CapacityError, f"round {round}")
+        self.buffer.synchronize()
+
+    def _on(self, tensor: Any) -> Any:
+        return None if tensor is None else tensor.to(self.trial.device)
+
     def _refuse_stale(self, sent: Sent) -> None:
-        rows = torch.zeros(self._shape(self.case.hidden), dtype=self.buffer.config.dtype)
+        rows = self._on(torch.zeros(self._shape(self.case.hidden), dtype=self.buffer.config.dtype))
         what = f"round {sent.round}: a handle that was overwritten"
         self.checks.refused(lambda: self.buffer.combine(rows, sent.handle), StaleHandleError, what)
-        x = sent.sheet.xs[self.trial.rank]
+        x = self._on(sent.sheet.xs[self.trial.rank])
         again = self._payload(x, sent.sheet)
         self.checks.refused(lambda: self.buffer.dispatch(again, handle=sent.handle), StaleHandleError, what)
 
@@ -93,7 +108,7 @@ class PaddedTrial:
         return (local, self.trial.world_size * self.most, *row)
 
     def _payload(self, x: Tensor, sheet: Sheet) -> Any:
-        return x if sheet.scales is None else (x, sheet.scales[self.trial.rank])
+        return x if sheet.scales is None else (x, self._on(sheet.scales[self.trial.rank]))
 
     def dispatch(self, round: int, replayed: Sent | None = None) -> Sent:
         """Dispatch, or replay with another payload, and compare what came."""
@@ -103,15 +118,16 @@ class PaddedTrial:
         what = f"round {round}: padded {'dispatch' if replayed is None else 'replay'}, quant {spec}"
         given: dict[str, Any] = {"quant": spec}
         if replayed is None:
-            idx = sheet.topk_idxs[rank]
+            idx = self._on(sheet.topk_idxs[rank])
             given |= {"layout": "padded", "topk_idx": idx.t().contiguous().t() if round % 3 == 1 else idx}
-            given |= {"topk_weights": None if sheet.topk_weights is None else sheet.topk_weights[rank]}
+            weights = None if sheet.topk_weights is None else sheet.topk_weights[rank]
+            given |= {"topk_weights": self._on(weights)}
         else:
             given["handle"] = pytree.tree_map(lambda t: t, replayed.handle)
         if round % 4 == 1 and spec is None and sheet.scales is None:
-            given["out"] = torch.empty(self._shape(self.case.hidden), dtype=self.case.dtype)
+            given["out"] = self._on(torch.empty(self._shape(self.case.hidden), dtype=self.case.dtype))
         self.trial.be_late(round)
-        x = self._payload(sheet.xs[rank].clone(), sheet)
+        x = self._payload(self._on(sheet.xs[rank].clone()), sheet)
         out = self.buffer.dispatch_async(x, **given).wait() if round % 2 else self.buffer.dispatch(x, **given)
         places = [self._places(r, sheet) for r in range(self.trial.world_size)]
         self._compare(out, sheet, spec, places[rank], what)
@@ -124,8 +140,8 @@ class PaddedTrial:
     def _compare(self, out: Any, sheet: Sheet, spec: QuantSpec | None, places: Tensor, what: str) -> None:
         should = sheet.expected[self.trial.rank]
         _, ranges = reference.padded_places(should, self.trial.world_size, self.most)
-        self.checks.bitwise(out.ranges, ranges, f"{what}: ranges")
-        self.checks.bitwise(out.expert_counts_L, should.tokens_per_expert, f"{what}: expert_counts_L")
+        self.checks.bitwise(out.ranges.cpu(), ranges, f"{what}: ranges")
+        self.checks.bitwise(out.expert_counts_L.cpu(), should.tokens_per_expert, f"{what}: expert_counts_L")
         wanted = [should.x] if should.scales is None else [should.x, should.scales]
         if spec is not None:
             wanted = list(quantize(should.x, spec))
@@ -133,7 +149,7 @@ class PaddedTrial:
         for name, part, rows in zip(("x", "scales")[: len(wanted)], parts, wanted, strict=True):
             came = part.view(torch.uint8) if part.itemsize == 1 else part  # of which torch has no index operator
             rows = rows.view(torch.uint8) if part.itemsize == 1 else rows
-            self.checks.bitwise(came.flatten(0, 1)[places], rows, f"{what}: {name}")
+            self.checks.bitwise(came.cpu().flatten(0, 1)[places], rows, f"{what}: {name}")
         if spec is not None and spec.column_major and parts[1].numel():
             self.checks.equal(parts[1].stride(1), 1, f"{what}: stride of scales from row to row")
 
@@ -141,7 +157,7 @@ class PaddedTrial:
         """Combine made-up expert rows; `variant` chooses weights, bias, memory, format and the kind of call."""
         rank, sheet = self.trial.rank, sent.sheet
         if not self.trial.sums:
-            raw = torch.zeros(self._shape(self.case.hidden), dtype=self.case.dtype)
+            raw = self._on(torch.zeros(self._shape(self.case.hidden), dtype=self.case.dtype))
             self.checks.refused(lambda: self.buffer.combine(raw, sent.handle), UnsupportedError, "sum of bytes")
             return
         spec = _HOME_SPECS[variant % len(_HOME_SPECS)] if self.quantises else None
@@ -150,13 +166,18 @@ class PaddedTrial:
         tokens = len(sheet.xs[rank])
         bias = values(self.case, "bias", rank, sent.round + variant, tokens) if variant % 2 else None
         weighted = (None, True, False)[variant % 3]
-        mine = (
-            self.buffer.combine_input(sent.handle) if variant % 4 == 2 else torch.empty(self._shape(self.case.hidden))
-        )
-        mine = mine.to(self.case.combine_dtype)
-        mine.fill_(float("nan")).flatten(0, 1)[sent.places[rank]] = rows[rank]
-        y = torch.empty(tokens, self.case.hidden, dtype=self.case.combine_dtype) if variant % 5 == 3 else None
-        start = None if bias is None else bias.clone()
+        if spec is not None and spec == "logfmt10" and self.by_kernels:
+            raw = self._on(torch.zeros(self._shape(self.case.hidden), dtype=self.case.combine_dtype))
+            call = self.buffer.combine
+            self.checks.refused(lambda: call(raw, sent.handle, quant="logfmt10"), UnsupportedError, what)
+            spec = "fp8"
+        if variant % 4 == 2:
+            mine = self.buffer.combine_input(sent.handle)
+        else:
+            mine = self._on(torch.empty(self._shape(self.case.hidden), dtype=self.case.combine_dtype))
+        mine.fill_(float("nan")).flatten(0, 1)[self._on(sent.places[rank])] = self._on(rows[rank])
+        y = self._on(torch.empty(tokens, self.case.hidden, dtype=self.case.combine_dtype)) if variant % 5 == 3 else None
+        start = None if bias is None else self._on(bias.clone())
         self.trial.be_late(variant)
         given: dict[str, Any] = {"weighted": weighted, "bias": start, "quant": spec, "out": y}
         if variant % 2:
@@ -172,4 +193,4 @@ class PaddedTrial:
         should = reference.combine(
             kept, tables, reduce="source", weighted=weighted, biases=None if bias is None else biases
         )[rank]
-        self.checks.bitwise(came, should.to(came.dtype), what, origin=lambda row: f"token {row}")
+        self.checks.bitwise(came.cpu(), should.to(came.dtype), what, origin=lambda row: f"token {row}")

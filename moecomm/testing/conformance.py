@@ -62,8 +62,8 @@ def run_conformance(
     handle with another payload, combine of the handle before last while the newer one lives, combine with and without
     weights and bias, all gradients. One rank is late each time. Inputs lie inside poisoned memory that must stay as it
     is, padding rows come back poisoned and must not matter, results are kept and must not change later. Layout "padded"
-    has rounds of its own: every way to quantise, the older of two live handles, overwritten ones refused. Where kernels
-    move rows it must be refused.
+    has rounds of its own: every way to quantise, the older of two live handles, overwritten ones refused. Copy
+    engines must refuse it.
 
     Args:
         group: what `moecomm.Buffer` takes.
@@ -197,10 +197,11 @@ def _run(case: Case, combination: Sequence[tuple[str, moecomm.Buffer]], rounds: 
     for layout, buffer in combination:
         trial = Trial(case, buffer, layout, buffer.config.reduce, checks)
         by_kernels = buffer.transport == "symmetric" and moves_by_kernels(buffer.config.device)
-        if (layout, trial.reduce) == ("rank", "source") or (layout == "padded" and by_kernels):
+        by_copies = by_kernels and buffer.config.engine == "copy"
+        if (layout, trial.reduce) == ("rank", "source") or (layout == "padded" and by_copies):
             _refuse(trial, buffer, checks)
         elif layout == "padded":
-            PaddedTrial(trial, checks).run(rounds)
+            PaddedTrial(trial, checks, by_kernels).run(rounds)
         else:
             trials.append(trial)
     earlier: tuple[Trial, Sent] | None = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moecomm.errors import CapacityError, DesyncError, MoECommError, StallError, UnsupportedError, rank_names
 from moecomm.group import Group
-from moecomm.memory.device import device_memory_support, share_device_memory
+from moecomm.memory.device import DeviceMemory, device_memory_support, share_device_memory
 from moecomm.memory.watch import Watch
 from moecomm.topology import Topology
 from moecomm.transport._copy_engine import CopyEngine
@@ -27,6 +27,7 @@ from moecomm.transport.base import Exchange, Lane, Support, Transport, Transport
 _POLLS_PER_S = {"cuda": 3_000_000, "cpu": 1_000}  # of a kernel that waits, for there is no clock in it; 2.6e6: H200
 _PAUSE_S = 50e-6
 _KINDS = ("dispatch", "combine")
+_ASKS, _STATIC = "asks the host for the counts", "build the buffer with max_recv_tokens"
 
 
 @final
@@ -48,6 +49,7 @@ class KernelTransport(Transport):
         slots = shape.max_tokens * max(group.size, entries) if shape.each else None
         self._nbytes = buffer_bytes(self.wire, self.max_tokens, slots)
         self._memory = share_device_memory(group, self.device, self._nbytes, self.timeout_s)
+        self._more: list[DeviceMemory] = []
         peers = peer_table(self._memory.addresses, self.wire, self.max_tokens, slots)
         polls = int(min(self.timeout_s * _POLLS_PER_S.get(self.device.type, 3_000_000), 2**31 - 1))
         self.link = make_link(peers.to(self.device), group.rank, self.max_tokens, max(polls, 1))
@@ -197,12 +199,19 @@ class KernelTransport(Transport):
         if self._stream is not None:
             self._stream.synchronize()
 
-    def refuse_capture(self, what: str) -> None:
-        """Refuse what asks the host in the middle of a CUDA graph."""
+    def share(self, nbytes: int) -> DeviceMemory:
+        """More memory that all ranks reach, for as long as this transport is open; collective."""
+        memory = share_device_memory(self.group, self.device, nbytes, self.timeout_s)
+        self._nbytes += nbytes
+        self._more.append(memory)
+        return memory
+
+    def refuse_capture(self, what: str, why: str = _ASKS, remedy: str = _STATIC) -> None:
+        """Refuse in the middle of a CUDA graph what cannot be captured."""
         if self._stream is not None and torch.cuda.is_current_stream_capturing():
             error = UnsupportedError(
-                f"{what} asks the host for the counts, which a CUDA graph cannot capture",
-                remedy="build the buffer with max_recv_tokens",
+                f"{what} {why}, which a CUDA graph cannot capture",
+                remedy=remedy,
                 rank=self.group.rank,
             )
             error.harmless = True
@@ -255,6 +264,7 @@ class KernelTransport(Transport):
             self._watch.close()
             if self._teller is not None:
                 self._teller.synchronize()
+            self._more.clear()
             del self._watch, self._memory, self._counts, self._signals, self.copies, self.link
 
     def stats(self) -> dict[str, int]:
