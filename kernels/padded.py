@@ -113,8 +113,9 @@ def _padded_send_kernel(
     sequence = tl.load(link.state) + 1
     is_free = tl.load(slots.book + DONE) + 1 == sequence
     if tl.program_id(0) == 0:
-        tl.store(slots.book + OWNER, number)
-        if is_free == 0:
+        if is_free:
+            tl.store(slots.book + OWNER, number)
+        else:
             tl.store(slots.notes + REPEATED, number + 1)
     if may_send(link) & is_free:
         num_entries = num_tokens * TOP_K
@@ -199,10 +200,10 @@ def padded_send_ref(
     """`padded_send` in plain torch; all ranks' memory must be CPU memory of this process."""
     x, topk_idx, topk_weights, row = _checked(x, topk_idx, topk_weights, beside, slots, wire, quant)
     link, num_experts = slots.out, len(slots.rank_of_expert)
-    slots.book[int(OWNER)] = number
     if int(slots.book[int(DONE)]) != int(link.state[0]):
         slots.notes[int(REPEATED)] = number + 1
         return
+    slots.book[int(OWNER)] = number
     if int(link.status[int(STALLED)]):
         return
     rows, beside = (x, beside) if not quant else encoded_ref(x, quant)

@@ -249,7 +249,7 @@ class KernelMover(Mover):
                 rank=self._core.rank,
             )
         if error is not None:
-            error.harmless = True
+            error.harmless = not words[int(REPEATED)]
             raise error
 
     @property

@@ -18,14 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 600
 FP8_HARDWARE = ("sm_90", "sm_100")
 NAMES = sorted(aot.operations(aot.SHAPES[0]))
-ROWLESS = ("dispatch: layout", "barrier: signal", "barrier: wait")
-SENDERS = [name for name in NAMES if "push" in name or name == "barrier: signal"]
+ROWLESS = ("dispatch: layout", "barrier: signal", "barrier: wait", "padded: receive", "padded: return")
+SENDING = ("padded: send", "padded: return", "barrier: signal")
+SENDERS = [name for name in NAMES if "push" in name or name.startswith(SENDING)]
 WAITERS = [
     name
     for name in NAMES
-    if name.startswith(("gradient", "combine: reduce", "dispatch: receive", "dispatch: permute"))
+    if name.startswith(
+        ("gradient", "combine: reduce", "dispatch: receive", "dispatch: permute", "padded: receive", "padded: sum")
+    )
     or name == "barrier: wait"
 ]
+FP8_WRITERS = ("dispatch: push_quantized", "local: quantize", "padded: send, FP8", "padded: return, FP8")
 Record = dict[str, Any]
 
 
@@ -105,7 +109,7 @@ def test_signals_are_ordered_at_system_scope(records: list[Record], target: str)
 @pytest.mark.timeout(DEADLINE_S + 30)
 @pytest.mark.parametrize("target", list(aot.TARGETS))
 def test_fp8_uses_the_instruction_where_there_is_one(records: list[Record], target: str) -> None:
-    for record in (r for name in ("dispatch: push_quantized", "local: quantize") for r in of(records, name, target)):
+    for record in (r for name in FP8_WRITERS for r in of(records, name, target)):
         assert record["converts_to_fp8"] == (target in FP8_HARDWARE), where(record)
 
 
