@@ -39,12 +39,11 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_DECODE_TOKENS = 128
 SHARED_LIMIT_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
 class Shape(NamedTuple):
-    """A layer as its communication sees it."""
+    """A layer as its communication sees it; decodes: tokens of a step for which layout "padded" is compiled too."""
 
     name: str
     hidden: int
@@ -53,10 +52,11 @@ class Shape(NamedTuple):
     world: int = 8
     dtype: torch.dtype = torch.bfloat16
     tokens: int = 4096
+    decodes: int = 0
 
 
 SHAPES = (
-    Shape("DeepSeek-V3, EP8", 7168, 8, 32),
+    Shape("DeepSeek-V3, EP8", 7168, 8, 32, decodes=128),
     Shape("Mixtral 8x7B, EP8", 4096, 2, 1),
     Shape("gpt-oss-120b, EP8", 2880, 4, 16),
 )
@@ -98,7 +98,7 @@ def operations(shape: Shape, rank: int = 3) -> dict[str, Callable[[], Any]]:
     >>> sorted(operations(SHAPES[1]))[:3]
     ['barrier: signal', 'barrier: wait', 'combine: push_reduced']
     """
-    hidden, top_k, experts, world, dtype, tokens = shape[1:]
+    hidden, top_k, experts, world, dtype, tokens, _ = shape[1:]
     groups = -(-hidden // int(GROUP))
     fp8 = RowFormat(hidden, torch.float8_e4m3fn, groups)
     form = RowFormat(hidden, dtype)
@@ -150,13 +150,13 @@ def operations(shape: Shape, rank: int = 3) -> dict[str, Callable[[], Any]]:
         "local: dequantize": lambda: dequantize(codes, scales, dtype),
         "barrier: signal": lambda: signal(link, wire),
         "barrier: wait": lambda: wait(link, wire),
-        **_decode_operations(shape, wire, link._replace(max_tokens=_DECODE_TOKENS)),
+        **(_decode_operations(shape, wire, link._replace(max_tokens=shape.decodes)) if shape.decodes else {}),
     }
 
 
 def _decode_operations(shape: Shape, wire: Wire, link: Link) -> dict[str, Callable[[], Any]]:
-    """The launches of layout "padded", at the tokens of a decoding step."""
-    hidden, top_k, local, world, dtype, _ = shape[1:]
+    """The launches of layout "padded"."""
+    hidden, top_k, local, world, dtype, *_ = shape[1:]
     tokens, rows, fp8 = link.max_tokens, local * world * link.max_tokens, int(FLOAT_SCALES)
     int32, int64 = torch.int32, torch.int64
     slots = Slots(
@@ -266,7 +266,7 @@ def row_traffic(name: str, shape: Shape) -> tuple[int, int]:
     >>> row_traffic("dispatch: push", SHAPES[0])  # 7168 bfloat16; 8 x 3 + 1 words of metadata, padded; W slots
     (14480, 14448)
     """
-    hidden, top_k, _, world, dtype, _ = shape[1:]
+    hidden, top_k, _, world, dtype, *_ = shape[1:]
     row, groups = hidden * dtype.itemsize, -(-hidden // int(GROUP))
     meta = 4 * Wire.of(world, top_k, 1, row).meta_words
     fp8, places = hidden + 4 * groups, 4 * world

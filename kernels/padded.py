@@ -14,8 +14,8 @@ from moecomm.kernels._launch import launch, num_programs
 from moecomm.kernels._numeric import element_of
 from moecomm.kernels.layout import note_entry
 from moecomm.kernels.quant import has_fp8, quantize_ref
-from moecomm.kernels.rows import Row, RowFormat, as_words, contiguous_rows, warps_for
-from moecomm.kernels.slots import (
+from moecomm.kernels.rows import Row, as_words, contiguous_rows
+from moecomm.kernels.slots import (  # noqa: F401 - loopback_slots is for the examples
     DONE,
     EXPONENTS,
     FLOAT_SCALES,
@@ -25,17 +25,18 @@ from moecomm.kernels.slots import (
     PLAIN,
     REPEATED,
     Slots,
+    beside_words,
     copy_slot,
     encode_slot,
     fp8_row,
+    loopback_slots,
     num_places,
-    slot_row,
+    row_of,
+    slot_warps,
 )
 from moecomm.kernels.sync import may_send, signal_ref, signal_when_all_arrived, wait_for_all, wait_ref
 from moecomm.kernels.wire import BAD_ID, COUNTS, ROWS, STALLED, Wire, area_of, view_memory
 from torch import Tensor
-
-_WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class _Scan(NamedTuple):
@@ -358,23 +359,6 @@ def places_ref(ranges_LW: Tensor, rows_per_expert: int) -> list[int]:
         for begin, end in of_rank
         for row in range(begin, end)
     ]
-
-
-def beside_words(beside: Tensor) -> Tensor:
-    """What travels beside rows as integers, as few as possible."""
-    assert beside.is_contiguous(), f"what travels beside rows has strides {beside.stride()}"
-    raw = beside.view(torch.uint8)
-    return raw.view(next(to for size, to in _WORDS.items() if raw.shape[1] % size == raw.data_ptr() % size == 0))
-
-
-def slot_warps(row: Row, quant: int) -> int:
-    """Warps so that a thread holds 64 bytes of a row, or reads 32 elements that become FP8."""
-    return max(1, row.block // 1024) if quant else warps_for(row.block * row.word_bytes)
-
-
-def row_of(rows: Tensor, beside: Tensor | None, slots: Slots, wire: Wire) -> Row:
-    columns = 0 if beside is None else beside_words(beside).shape[1]
-    return slot_row(RowFormat(rows.shape[1], rows.dtype), columns, wire, slots.out.max_tokens, rows)
 
 
 def _checked(

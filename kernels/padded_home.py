@@ -12,10 +12,15 @@ import triton
 import triton.language as tl
 from moecomm.kernels._launch import launch, num_programs
 from moecomm.kernels._numeric import element_of, narrow, widen
-from moecomm.kernels.padded import beside_words, encoded_ref, places_ref, row_of, slot_warps, write_row_ref
+from moecomm.kernels.padded import (  # noqa: F401 - padded_send is for the examples
+    encoded_ref,
+    padded_send,
+    places_ref,
+    write_row_ref,
+)
 from moecomm.kernels.quant import GROUP, decode_e4m3, has_fp8
 from moecomm.kernels.rows import Row, as_words, contiguous_rows, row_at, used
-from moecomm.kernels.slots import (
+from moecomm.kernels.slots import (  # noqa: F401 - loopback_slots is for the examples
     DONE,
     EXPONENTS,
     INT8,
@@ -25,9 +30,13 @@ from moecomm.kernels.slots import (
     STALE,
     Slots,
     beside_offset,
+    beside_words,
     copy_slot,
     encode_slot,
     fp8_row,
+    loopback_slots,
+    row_of,
+    slot_warps,
 )
 from moecomm.kernels.sync import may_send, signal_ref, signal_when_all_arrived, wait_for_all, wait_ref
 from moecomm.kernels.wire import ROWS, STALLED, Wire, area_of, view_memory

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from moecomm.kernels._numeric import widen
 from moecomm.kernels.quant import GROUP, encode_groups
-from moecomm.kernels.rows import Row, RowFormat, row_at, row_geometry, used
+from moecomm.kernels.rows import Row, RowFormat, row_at, row_geometry, used, warps_for
 from moecomm.kernels.wire import FIELDS, LATE, Link, Wire
 from torch import Tensor
 
@@ -32,6 +32,7 @@ LANES = 4  # programs that share the rows of one (expert, source)
 _AREA_BYTES = 256  # areas begin at multiples of this
 _BESIDE_BYTES = 64  # and what lies beside rows at multiples of this
 _NUM_LINES = 6
+_WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _GROUPS_AT_ONCE = 16  # of 128 elements each
 
 
@@ -161,11 +162,27 @@ def beside_offset(wire: Wire, max_tokens: int, row_bytes: int) -> int:
     return -(-num_places(wire, max_tokens) * row_bytes // _BESIDE_BYTES) * _BESIDE_BYTES
 
 
-def slot_row(form: RowFormat, beside: int, wire: Wire, max_tokens: int, *tensors: Tensor | None) -> Row:
-    """The geometry of rows one behind the other, in an area and all of `tensors`, with so many words beside each."""
-    row = row_geometry(form, *tensors)
-    offset = beside_offset(wire, max_tokens, form.row_bytes)
-    return row._replace(scale_words=beside, scale_p2=triton.next_power_of_2(max(beside, 1)), scale_offset=offset)
+def beside_words(beside: Tensor) -> Tensor:
+    """What travels beside rows as integers, as few as possible."""
+    assert beside.is_contiguous(), f"what travels beside rows has strides {beside.stride()}"
+    raw = beside.view(torch.uint8)
+    return raw.view(next(to for size, to in _WORDS.items() if raw.shape[1] % size == raw.data_ptr() % size == 0))
+
+
+def slot_warps(row: Row, quant: int) -> int:
+    """Warps so that a thread holds 64 bytes of a row, or reads 32 elements that become FP8."""
+    return max(1, row.block // 1024) if quant else warps_for(row.block * row.word_bytes)
+
+
+def row_of(rows: Tensor, beside: Tensor | None, slots: Slots, wire: Wire) -> Row:
+    """The geometry of rows one behind the other, in an area as in `rows`, with what is beside them."""
+    columns = 0 if beside is None else beside_words(beside).shape[1]
+    form = RowFormat(rows.shape[1], rows.dtype)
+    offset, columns_p2 = (
+        beside_offset(wire, slots.out.max_tokens, form.row_bytes),
+        triton.next_power_of_2(max(columns, 1)),
+    )
+    return row_geometry(form, rows)._replace(scale_words=columns, scale_p2=columns_p2, scale_offset=offset)
 
 
 def fp8_row(x: Tensor, hidden: int, wire: Wire, max_tokens: int) -> Row:
