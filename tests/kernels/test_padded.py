@@ -37,12 +37,12 @@ def conform(rank: int, name: str, rounds: int) -> list[ConformanceResult]:
     return run_conformance(None, "symmetric", [CASES[name]], **given)
 
 
-@pytest.mark.parametrize(("name", "rounds"), [("masked", 7), ("duplicate_expert", 3), ("quantised_pair", 2)])
+@pytest.mark.parametrize(("name", "rounds"), [("masked", 3), ("duplicate_expert", 2), ("quantised_pair", 1)])
 def test_two_ranks_against_the_oracle(pair: RankPool, name: str, rounds: int) -> None:
     demand(pair.run(conform, name, rounds), 2, 1)
 
 
-@pytest.mark.parametrize(("world_size", "name", "rounds"), [(1, "odd_hidden", 6), (4, "ragged_tokens", 3)])
+@pytest.mark.parametrize(("world_size", "name", "rounds"), [(1, "odd_hidden", 7), (4, "ragged_tokens", 2)])
 def test_other_sizes_against_the_oracle(world_size: int, name: str, rounds: int) -> None:
     with RankPool(world_size, env=INTERPRETED, timeout_s=DEADLINE_S) as pool:
         demand(pool.run(conform, name, rounds), world_size, 1)
@@ -213,7 +213,7 @@ def test_a_graph_with_changing_routings(pair: RankPool) -> None:
 
 def skip_a_step(rank: int) -> tuple[str, tuple[int, ...]]:
     prepare()
-    buffer = build(timeout_s=2.0)
+    buffer = build(timeout_s=0.3)
     given = inputs(rank, 0)
     out = buffer.dispatch(*given, layout="padded")
     buffer.combine(out.x, out.handle)
