@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moecomm.core import Core
 from moecomm.handle import DispatchHandle
-from moecomm.plan import Counts, SendPlan, merge_keys, node_places, plan_send, settle
+from moecomm.plan import Counts, SendPlan, merge_keys, node_counts, node_places, plan_send, settle
 from moecomm.quant import QuantSpec, dequantize, quantize
 from moecomm.rows import can_scatter, empty_rows, reduce_rows, scatter_rows, scatter_sums
 from moecomm.transport.base import Exchange, Lane, Merge, as_bytes
@@ -28,13 +28,17 @@ from moecomm.transport.base import Exchange, Lane, Merge, as_bytes
 
 @dataclass(eq=False, slots=True)
 class Route:
-    """Where rows go, planned: enough to send out and to lead home. slots_S is None in layout "rank"."""
+    """Where rows go, planned: enough to send out and to lead home. slots_S is None in layout "rank".
+
+    node_counts: see `Lane`.
+    """
 
     counts: Counts
     order_S: Tensor
     slots_S: Tensor | None
     pair_tokens_Q: Tensor
     top_k: int
+    node_counts: np.ndarray | None = None
 
     @property
     def moved_WW(self) -> np.ndarray:
@@ -152,9 +156,12 @@ def out_lane(route: Route, row_bytes: int, *, repeats: bool = False) -> Lane:
     """The lane of rows on their way out: into expert groups, or one per pair."""
     counts = route.counts
     if route.slots_S is None:
-        return contiguous_lane(counts.pair_counts, counts.rank, row_bytes, repeats=repeats)
+        lane = contiguous_lane(counts.pair_counts, counts.rank, row_bytes, repeats=repeats)
+        lane.node_counts = route.node_counts
+        return lane
     return Lane(
         repeats=repeats,
+        node_counts=route.node_counts,
         num_sent=len(route.slots_S),
         row_bytes=row_bytes,
         out_rows=counts.rows_of_rank,
@@ -238,14 +245,23 @@ def start_dispatch(
         plan = plan_send(topk_idx_TK, core.tables)
     top_k = topk_idx_TK.shape[1]
     tag = dispatch_tag(payloads, topk_weights_TK, layout, align, top_k)
+    nodes, told, places_TV = core.transport.node_of_rank, plan.counts, None
+    if nodes is not None:
+        with core.phase("plan"):
+            places_TV, rows_V = node_places(plan.pair_pos_TW, nodes)
+            told = np.concatenate([told, rows_V])
     with core.phase("counts"):
-        gathered = core.transport.gather_counts(tag, plan.counts)
+        gathered = core.transport.gather_counts(tag, told)
     with core.phase("plan"):
         by_slot = layout == "expert"
-        counts, slots_S, table_QJ = settle(plan, gathered, core.tables, core.rank, align, by_slot=by_slot)
+        counts, slots_S, table_QJ = settle(
+            plan, gathered[:, : len(plan.counts)], core.tables, core.rank, align, by_slot=by_slot
+        )
         route = Route(counts, plan.order_S, slots_S, plan.pair_tokens_Q, top_k)
-        if core.merge_nodes is not None:  # one column more
-            table_QJ = torch.cat([table_QJ, merge_keys(plan, core.merge_nodes)[:, None]], 1)
+        if nodes is not None and places_TV is not None:
+            route.node_counts = node_counts(route.moved_WW, gathered[:, len(plan.counts) :], nodes)
+            if core.merge_nodes is not None:  # one column more
+                table_QJ = torch.cat([table_QJ, merge_keys(plan, places_TV, nodes)[:, None]], 1)
     parcels = out_parcels(core, route, payloads, topk_weights_TK, topk_idx_TK)
     parcels.append(Parcel(contiguous_lane(counts.pair_counts, core.rank, row_bytes_of(table_QJ)), table_QJ))
     exchange = send(core, tag, parcels, agreed=True)

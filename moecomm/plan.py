@@ -357,14 +357,24 @@ def node_places(pair_pos_TW: Tensor, node_of_rank: np.ndarray) -> tuple[Tensor, 
     return places_TV, has_TV.sum(0).cpu().numpy()
 
 
-def merge_keys(plan: SendPlan, node_of_rank: np.ndarray) -> Tensor:
-    """(Q,) int32 place of each pair's token among those that this rank sends to the pair's node.
+def merge_keys(plan: SendPlan, places_TV: Tensor, node_of_rank: np.ndarray) -> Tensor:
+    """(Q,) int32 place of each pair's token among those that this rank sends to the pair's node, see `node_places`.
 
     >>> tables = PlacementTables(ExpertPlacement.uniform(4, 2), torch.device("cpu"))
     >>> plan = plan_send(torch.tensor([[3, 0], [0, 1]]), tables)
-    >>> plan.pair_ranks_Q.tolist(), merge_keys(plan, np.array([0, 0])).tolist()
+    >>> places_TV, _ = node_places(plan.pair_pos_TW, node_of_rank := np.array([0, 0]))
+    >>> plan.pair_ranks_Q.tolist(), merge_keys(plan, places_TV, node_of_rank).tolist()
     ([0, 0, 1], [0, 1, 0])
     """
-    places_TV, _ = node_places(plan.pair_pos_TW, node_of_rank)
     node_W = torch.from_numpy(node_of_rank).to(places_TV.device)
     return places_TV[plan.pair_tokens_Q, node_W[plan.pair_ranks_Q]]
+
+
+def node_counts(moved_WW: np.ndarray, rows_WV: np.ndarray, node_of_rank: np.ndarray) -> np.ndarray:
+    """(W, 2 V) rows from each rank to each node if each goes once, then all that go from each rank to each node.
+
+    >>> node_counts(np.array([[1, 2], [3, 4]]), np.array([[2], [5]]), np.array([0, 0])).tolist()
+    [[2, 3], [5, 7]]
+    """
+    is_on_WV = node_of_rank[:, None] == np.arange(rows_WV.shape[1])
+    return np.concatenate([rows_WV, moved_WW @ is_on_WV], 1)

@@ -5,7 +5,9 @@ Legend: W ranks, V nodes, R ranks of this node, B blocks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import final
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from moecomm.rows import empty_rows, reduce_rows
 from moecomm.transport._fill import EVERYTHING
-from moecomm.transport._nodes import BLOCK_BYTES, NodeMap, block_rows, rows_in_block
+from moecomm.transport._nodes import BLOCK_BYTES, NodeMap, block_starts, rows_in_block
 from moecomm.transport._spread import everything, packed_lane
 from moecomm.transport.base import Exchange, Lane, Merge, Transport
 
@@ -81,62 +83,70 @@ class Merger:
     """Moves the lane of an exchange that merges. `staged`: this rank's rows, sorted by destination, then key."""
 
     def __init__(
-        self, nodes: NodeMap, inside: Transport, between: Transport, tag: str, lane: Lane, staged: Tensor
+        self,
+        nodes: NodeMap,
+        inside: Transport,
+        between: Transport,
+        tag: str,
+        lane: Lane,
+        staged: Tensor,
+        counters: Counter[str],
     ) -> None:
         assert lane.merge is not None
+        self._counters = counters
         self._nodes, self._inside, self._between, self._tag = nodes, inside, between, tag
         self._lane, self._staged = lane, staged
         self._merge: Merge = lane.merge
         self._local = int(nodes.local_index[nodes.rank])
 
-    def header(self) -> np.ndarray:
-        """(V,) rows that come home from every node."""
-        return self._merge.recv_rows.astype(np.int32)
-
-    def run(self, home_WV: np.ndarray, await_rows: Callable[[int], None]) -> Tensor:
-        """Move everything; the output, sorted by (node, key). home_WV: headers of all ranks."""
+    def run(self, home: Future[np.ndarray], await_rows: Callable[[int], None]) -> Tensor:
+        """Move everything; the output, sorted by (node, key). home: (W, V) headers of all ranks, when they come."""
         nodes, mates = self._nodes, self._nodes.mates
+        most = self._lane.out_rows  # at least as many come home, and every rank knows it already
+        starts = block_starts(self._lane.row_bytes, int(most.max(initial=0)))
+        bounds_WB = self._bounds(starts)
+        counts_RBW = self._gather(np.diff(bounds_WB, axis=1).T)
+        home_WV = home.result()
         home_W = home_WV[:, nodes.node].astype(np.int64)
         away_WV = nodes.between(home_WV)
-        size = block_rows(self._lane.row_bytes, away_WV)
-        num_blocks = -(-int(away_WV.max(initial=0)) // size)
-        bounds_WB = self._bounds(num_blocks, size)
-        counts_RBW = self._gather(np.diff(bounds_WB, axis=1).T)
-        flights = []
-        for block in range(num_blocks):
-            await_rows((block + 1) * size)
+        num_blocks = int(np.searchsorted(starts, away_WV.max(initial=0)))
+        flights = [self._open_between(rows_in_block(away_WV, starts, block)) for block in range(num_blocks)]
+        for block, flight in enumerate(flights):
+            await_rows(int(starts[block + 1]))
             inbox = self._collect(
                 Block(
                     served=[nodes.served_by(int(mate)) for mate in mates],
                     counts_RW=counts_RBW[:, block],
                     lows_W=bounds_WB[:, block],
-                    first_key=block * size,
-                    sums_W=rows_in_block(home_W, block, size),
+                    first_key=int(starts[block]),
+                    sums_W=rows_in_block(home_W, starts, block),
                 )
             )
-            flights.append(self._send(inbox, rows_in_block(away_WV, block, size)))
+            self._send(inbox, flight)
+        num_sent = int(home_W[nodes.sources].sum())
+        self._counters.update(rows_between=num_sent, bytes_between=num_sent * self._lane.row_bytes, blocks=len(flights))
         await_rows(EVERYTHING)
         inbox = self._collect(
             Block(
                 served=list(mates[:, None]),
-                counts_RW=counts_RBW[:, num_blocks],
-                lows_W=bounds_WB[:, num_blocks],
+                counts_RW=counts_RBW[:, -1],
+                lows_W=bounds_WB[:, -2],
                 first_key=0,
                 sums_W=home_W,
             )
         )
-        return self._arrange(inbox, flights, home_WV[nodes.rank], size)
+        return self._arrange(inbox, flights, home_WV[nodes.rank], starts)
 
-    def _bounds(self, num_blocks: int, size: int) -> np.ndarray:
+    def _bounds(self, starts: np.ndarray) -> np.ndarray:
         """(W, B + 2) where in `staged` my rows of each block for each rank begin; the last block is for this node."""
-        starts = np.cumsum(self._lane.send_counts) - self._lane.send_counts
-        bounds_WB = np.zeros((len(starts), num_blocks + 2), np.int64)
-        for dst, start in enumerate(starts):
+        first = np.cumsum(self._lane.send_counts) - self._lane.send_counts
+        bounds_WB = np.zeros((len(first), len(starts) + 1), np.int64)
+        for dst, start in enumerate(first):
             keys = keys_for(self._lane, dst)
             if self._nodes.node_of_rank[dst] == self._nodes.node:
                 bounds_WB[dst, :-1] = start
             else:
-                bounds_WB[dst, :-1] = start + np.searchsorted(keys, np.arange(num_blocks + 1) * size)
+                bounds_WB[dst, :-1] = start + np.searchsorted(keys, starts)
             bounds_WB[dst, -1] = start + len(keys)
         return bounds_WB
 
@@ -177,22 +187,22 @@ class Merger:
                 at += count
         return {rank: torch.from_numpy(table) for rank, table in tables.items()}
 
-    def _send(self, inbox: Inbox, sums_WV: np.ndarray) -> Exchange:
+    def _open_between(self, sums_WV: np.ndarray) -> Exchange:
+        recv, send = self._nodes.counts_between(sums_WV)
+        return self._between.open(self._tag, [packed_lane(self._lane.row_bytes, send, recv)], agreed=True)
+
+    def _send(self, inbox: Inbox, flight: Exchange) -> None:
         """Sum what came for each rank served, and send it home."""
-        nodes = self._nodes
-        recv, send = nodes.counts_between(sums_WV)
-        exchange = self._between.open(self._tag, [packed_lane(self._lane.row_bytes, send, recv)], agreed=True)
         for rank, table in inbox.tables.items():
-            self._sum(exchange.target(0, rank), inbox, table)
-        exchange.commit()
+            self._sum(flight.target(0, rank), inbox, table)
+        flight.commit()
         inbox.exchange.release()
-        return exchange
 
     def _sum(self, out: Tensor, inbox: Inbox, table: Tensor) -> None:
         if len(table):
             reduce_rows(out.view(self._merge.dtype), inbox.rows.view(self._merge.dtype), table)
 
-    def _arrange(self, inbox: Inbox, flights: list[Exchange], home_V: np.ndarray, size: int) -> Tensor:
+    def _arrange(self, inbox: Inbox, flights: list[Exchange], home_V: np.ndarray, starts: np.ndarray) -> Tensor:
         """Sum the rows of this node into the output, and put those of other nodes beside them as they come."""
         nodes, row_bytes = self._nodes, self._lane.row_bytes
         ends_V = np.cumsum(home_V)
@@ -204,8 +214,9 @@ class Merger:
         for block, flight in enumerate(flights):
             arrived, at = flight.wait()[0], 0
             for node in order:
-                rows = of_node[node][block * size : (block + 1) * size]
+                rows = of_node[node][starts[block] : starts[block + 1]]
                 rows.copy_(arrived[at : at + len(rows)])
                 at += len(rows)
+        for flight in flights:
             flight.release()
         return out

@@ -25,7 +25,7 @@ from moecomm.errors import MoECommError, PeerLostError, StallError, rank_names
 from moecomm.group import Group
 
 _HEADER = struct.Struct("<BqiqH")  # kind, buffer, which of its transports, sequence number, length of tag
-_ROLL_CALL_S = 1.0  # what a rank gets to answer; its progress thread does, whatever else it is doing
+ROLL_CALL_S = 1.0  # what a rank gets to answer; its progress thread does, whatever else it is doing
 _LOOK_S = 0.005  # how often the processes of peers are looked at
 _BUSY_S = 0.0003  # pause of the progress thread while rows travel
 _IDLE_S = 0.02  # and while nothing does: late questions are answered within this time
@@ -52,6 +52,7 @@ class Mailbox:
     headers: sequence number -> peer -> (tag, payload). here: peer -> the operation in which it waits. aborts: peer ->
     why it gave up. byes: peer -> the first operation that it takes no part in. advance: lets the transport go on, True
     while something is under way. close: of the transport. waits_in: the operation in which this rank waits, or -1.
+    called_s: when this rank asked who is there, in a wait that is not over; or None.
     """
 
     key: Key
@@ -62,6 +63,7 @@ class Mailbox:
     aborts: dict[int, dict[str, Any]] = field(default_factory=dict)
     byes: dict[int, int] = field(default_factory=dict)
     waits_in: int = -1
+    called_s: float | None = None
 
 
 @final
@@ -156,12 +158,19 @@ class Post:
             payload = json.dumps(told).encode()
             self.send_all(box, Kind.ABORT, 0, payloads=dict.fromkeys(self.peers, payload))
 
-    def call_roll(self, box: Mailbox) -> list[int]:
-        """Ask who is there; the peers that do not answer. `box.here` then has what the others said."""
+    def begin_roll(self, box: Mailbox) -> None:
+        """Ask who is there, and go on. `box.here` then has what the others say."""
         box.here.clear()
-        deadline = time.monotonic() + _ROLL_CALL_S
+        box.called_s = time.monotonic()
         with PROGRESS.lock:
             self.send_all(box, Kind.ROLL, 0)
+
+    def call_roll(self, box: Mailbox) -> list[int]:
+        """The peers that do not answer; waits for them unless they were asked long enough ago."""
+        if box.called_s is None:
+            self.begin_roll(box)
+        assert box.called_s is not None
+        deadline = box.called_s + ROLL_CALL_S
         while True:
             PROGRESS.pump()
             silent = [peer for peer in self.peers if peer not in box.here]
@@ -362,7 +371,7 @@ def duplicate(group: Group, timeout_s: float) -> Any:
         if waited >= timeout_s:
             missing: Sequence[int] = ()
             try:
-                group.barrier(timeout_s=_ROLL_CALL_S, operation="roll call")
+                group.barrier(timeout_s=ROLL_CALL_S, operation="roll call")
             except MoECommError as absent:
                 missing = absent.peers
             what = f"gave up after {waited:.1f} s waiting for {rank_names(missing) if missing else 'MPI_Comm_idup'}"

@@ -13,8 +13,9 @@ import numpy as np
 
 from moecomm.topology import Topology
 
-BLOCK_BYTES = 512 * 1024  # what is sent to a node at once, while the rows before it are spread there
-MAX_BLOCKS = 32
+BLOCK_BYTES = 512 * 1024  # what is sent to a node first: soon, so that the link is busy early
+LATER_BLOCKS = 4  # so many times as much is sent at once later, as each block costs the same processor time
+MAX_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,28 @@ class NodeMap:
         return np.flatnonzero((self.forwarder_WV[:, self.node] == mate) & (self.node_of_rank != self.node))
 
 
-def block_rows(row_bytes: int, rows_WV: np.ndarray) -> int:
-    """Rows of a block: about BLOCK_BYTES, and at most MAX_BLOCKS blocks.
+def block_starts(row_bytes: int, most_rows: int) -> np.ndarray:
+    """(B + 1,) the first row of every block, then `most_rows`. Blocks grow twofold until they are large, or few enough.
 
-    rows_WV: rows from every rank to every node.
+    >>> block_starts(row_bytes=BLOCK_BYTES // 4, most_rows=50).tolist()
+    [0, 4, 12, 28, 44, 50]
     """
-    return max(1, BLOCK_BYTES // max(1, row_bytes), -(-int(rows_WV.max(initial=0)) // MAX_BLOCKS))
+    size = max(1, BLOCK_BYTES // max(1, row_bytes))
+    largest = max(size * LATER_BLOCKS, -(-most_rows // MAX_BLOCKS))
+    starts = [0]
+    while starts[-1] < most_rows:
+        starts.append(min(starts[-1] + size, most_rows))
+        size = min(2 * size, largest)
+    return np.array(starts)
 
 
-def rows_in_block(rows: np.ndarray, block: int, size: int) -> np.ndarray:
+def rows_in_block(rows: np.ndarray, starts: np.ndarray, block: int) -> np.ndarray:
     """How many of each number of rows fall into a block.
 
-    >>> rows_in_block(np.array([5, 2, 0]), block=1, size=2).tolist()
+    >>> rows_in_block(np.array([5, 2, 0]), np.array([0, 2, 4, 5]), block=1).tolist()
     [2, 0, 0]
     """
-    return np.clip(rows - block * size, 0, size)
+    return np.clip(rows, starts[block], starts[block + 1]) - starts[block]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,27 +171,26 @@ class Spread:
     num_mates: int
 
     @classmethod
-    def plan(cls, shipments: Sequence[Shipment], num_mates: int, num_blocks: int, size: int) -> Spread:
-        """Merge what came from several ranks; the rows of a block arrive sorted by shipment.
+    def plan(cls, shipments: Sequence[Shipment], num_mates: int, starts: np.ndarray) -> Spread:
+        """Merge what came from several ranks; the rows of a block arrive sorted by shipment. starts: of the blocks.
 
         >>> one = Shipment(np.arange(2), np.array([1, 2]), np.array([0, 2, 11]))
-        >>> spread = Spread.plan([one, one], num_mates=2, num_blocks=2, size=1)
+        >>> spread = Spread.plan([one, one], num_mates=2, starts=np.array([0, 1, 2]))
         >>> [(rows.tolist(), slots.tolist()) for rows, slots in (spread.part(1, 0), spread.part(1, 1))]
         [([0, 1], [1, 1]), ([0, 1], [5, 5])]
         """
         keys, rows, slots = [], [], []
-        before = np.zeros(num_blocks, np.int64)  # rows of earlier shipments in every block
-        blocks = np.arange(num_blocks)
+        before = np.zeros(len(starts), np.int64)  # rows of earlier shipments in every block
         for shipment in shipments:
             number = np.repeat(shipment.rows, shipment.copies)
-            block = number // size
+            block = np.searchsorted(starts, number, "right") - 1
             keys.append(block * num_mates + shipment.codes % num_mates)
-            rows.append(before[block] + number % size)
+            rows.append(before[block] - starts[block] + number)
             slots.append(shipment.codes // num_mates)
-            before += np.clip(len(shipment.rows) - blocks * size, 0, size)
+            before[:-1] += np.diff(np.clip(starts, 0, len(shipment.rows)))
         key = np.concatenate([*keys, np.empty(0, np.int64)])
         order = np.argsort(key, kind="stable")
-        bounds = np.searchsorted(key[order], np.arange(num_blocks * num_mates + 1))
+        bounds = np.searchsorted(key[order], np.arange((len(starts) - 1) * num_mates + 1))
         row, slot = (np.concatenate([*parts, np.empty(0, np.int64)])[order] for parts in (rows, slots))
         return cls(row, slot, bounds, num_mates)
 

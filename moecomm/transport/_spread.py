@@ -5,8 +5,10 @@ Legend: W ranks, V nodes, R ranks of this node, B blocks, U rows that a rank sen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import final
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from moecomm.rows import copy_rows
 from moecomm.transport._fill import EVERYTHING
-from moecomm.transport._nodes import NodeMap, Shipment, Spread, block_rows, rows_in_block
+from moecomm.transport._nodes import NodeMap, Shipment, Spread, block_starts, rows_in_block
 from moecomm.transport.base import Exchange, Lane, Transport
 
 
@@ -69,8 +71,17 @@ class Spreader:
     lanes: they, in order. repeating: which of them repeat, alike; the others lie in `staged`, sorted by destination.
     """
 
-    def __init__(self, nodes: NodeMap, inside: Transport, between: Transport, tag: str, lanes: Sequence[Lane]) -> None:
+    def __init__(
+        self,
+        nodes: NodeMap,
+        inside: Transport,
+        between: Transport,
+        tag: str,
+        lanes: Sequence[Lane],
+        counters: Counter[str],
+    ) -> None:
         self._nodes, self._inside, self._between, self._tag, self._lanes = nodes, inside, between, tag, lanes
+        self._counters = counters
         self._repeating = [number for number, lane in enumerate(lanes) if lane.repeats]
         self._direct = [number for number, lane in enumerate(lanes) if not lane.repeats]
         self._is_away = nodes.node_of_rank != nodes.node
@@ -87,65 +98,74 @@ class Spreader:
         told: (W, 2 V) headers of all bundles. await_rows: waits until so many rows for each other node are packed.
         """
         rows_WV, copies_WV = np.split(told.astype(np.int64), 2, 1)
-        first = self._open_first(bundle, staged, rows_WV + copies_WV)
         away_WV = self._nodes.between(rows_WV)
         row_bytes = sum(self._lanes[number].row_bytes for number in self._repeating)
-        size = block_rows(row_bytes, away_WV)
-        num_blocks = -(-int(away_WV.max(initial=0)) // size)
+        starts = block_starts(row_bytes, int(away_WV.max(initial=0)))
+        first: Exchange | None = None
         flights = []
-        for block in range(num_blocks):
-            await_rows((block + 1) * size)
+        for block, (start, stop) in enumerate(pairwise(starts.tolist())):
+            flights.append(self._open_block(rows_in_block(away_WV, starts, block)))
+            await_rows(stop)
             assert bundle is not None
-            flights.append(self._send_block(bundle, away_WV, block, size))
+            self._send_block(flights[-1], bundle, slice(start, stop))
+            if first is None:  # the link is busy, and without this nobody can spread the block
+                first = self._send_first(rows_WV + copies_WV, bundle, staged)
+        first = first or self._send_first(rows_WV + copies_WV, bundle, staged)
+        num_sent = int(away_WV[self._nodes.rank].sum())
+        self._counters.update(rows_between=num_sent, bytes_between=num_sent * row_bytes, blocks=len(flights))
         inner = self._open_inside()
-        self._spread_own(inner, bundle, staged, await_rows)
+        own = self._own_rows(inner, bundle, staged, await_rows, max(1, len(flights) - 1))
         arrived = first.wait()
-        spread = self._spread_plan(arrived, rows_WV, copies_WV, num_blocks, size)
+        spread = self._spread_plan(arrived, rows_WV, copies_WV, starts)
         for direct, number in enumerate(self._direct, start=bool(self._repeating)):
             self._place(inner, number, arrived[direct])
-        first.release()
         for block, flight in enumerate(flights):
-            for number, rows in zip(self._repeating, flight.wait(), strict=True):
-                for local, mate in enumerate(self._nodes.mates):
-                    index, slots = spread.part(block, local)
-                    _copy(inner.target(number, int(mate)), rows, index, slots)
-            flight.release()
+            rows = flight.wait()
+            self._put_block(inner, rows, spread, block)
+            next(own, None)  # a part of what never leaves the node, after each block but the last
+        for _ in own:
+            pass
         inner.commit()
+        for flight in (first, *flights):
+            flight.release()
         return inner, inner.wait()
 
     # -- between nodes ---------------------------------------------------------------------------------------------
 
-    def _open_first(self, bundle: Bundle | None, staged: Sequence[Tensor | None], meta_WV: np.ndarray) -> Exchange:
-        """What each forwarder must know of the rows that come, and the lanes that go straight to their destination."""
+    def _send_first(self, meta_WV: np.ndarray, bundle: Bundle | None, staged: Sequence[Tensor | None]) -> Exchange:
+        """What each forwarder must know of the rows that come, and the lanes that go straight to their destination.
+
+        meta_WV: numbers that each rank tells its forwarder on each node.
+        """
         nodes, lanes = self._nodes, []
         if self._repeating:
-            lanes.append(packed_lane(self._meta_dtype().itemsize, *self._nodes.counts_between(meta_WV)))
+            lanes.append(packed_lane(self._meta_dtype().itemsize, *nodes.counts_between(meta_WV)))
         for number in self._direct:
             lane = self._lanes[number]
             counts = (np.where(self._is_away, counts, 0) for counts in (lane.send_counts, lane.recv_counts))
             lanes.append(packed_lane(lane.row_bytes, *counts))
-        exchange = self._between.open(self._tag, lanes, agreed=True)
+        first = self._between.open(self._tag, lanes, agreed=True)
         if bundle is not None:
             for node in nodes.away:
                 meta = bundle.shipments[node].meta(self._meta_dtype())
-                target = exchange.target(0, int(nodes.forwarder_WV[nodes.rank, node]))
-                target.copy_(torch.from_numpy(meta.view(np.uint8).reshape(target.shape)))
+                rows = torch.from_numpy(meta.view(np.uint8).reshape(len(meta), meta.itemsize))
+                first.lend(0, int(nodes.forwarder_WV[nodes.rank, node]), rows)
         for direct, number in enumerate(self._direct, start=bool(self._repeating)):
             for dst in np.flatnonzero(self._is_away & (self._lanes[number].send_counts > 0)):
-                exchange.target(direct, int(dst)).copy_(self._section(staged, number, int(dst)))
-        exchange.commit()
-        return exchange
+                first.lend(direct, int(dst), self._section(staged, number, int(dst)))
+        first.commit()
+        return first
 
-    def _send_block(self, bundle: Bundle, away_WV: np.ndarray, block: int, size: int) -> Exchange:
-        counts = self._nodes.counts_between(rows_in_block(away_WV, block, size))
+    def _open_block(self, rows_WV: np.ndarray) -> Exchange:
+        counts = self._nodes.counts_between(rows_WV)
         lanes = [packed_lane(self._lanes[number].row_bytes, *counts) for number in self._repeating]
-        exchange = self._between.open(self._tag, lanes, agreed=True)
+        return self._between.open(self._tag, lanes, agreed=True)
+
+    def _send_block(self, flight: Exchange, bundle: Bundle, part: slice) -> None:
         for number, packed in enumerate(bundle.packed):
             for node in self._nodes.away:
-                forwarder = int(self._nodes.forwarder_WV[self._nodes.rank, node])
-                exchange.target(number, forwarder).copy_(packed[node][block * size : (block + 1) * size])
-        exchange.commit()
-        return exchange
+                flight.lend(number, int(self._nodes.forwarder_WV[self._nodes.rank, node]), packed[node][part])
+        flight.commit()
 
     def _meta_dtype(self) -> np.dtype:
         largest = max(int(self._lanes[number].out_rows.max()) for number in self._repeating)
@@ -158,35 +178,37 @@ class Spreader:
         lanes = [everything(lane.row_bytes, np.where(self._is_away, 0, lane.out_rows)) for lane in self._lanes]
         return self._inside.open(self._tag, lanes, agreed=True)
 
-    def _spread_own(
+    def _put_block(self, inner: Exchange, rows_of_lanes: Sequence[Tensor], spread: Spread, block: int) -> None:
+        for number, rows in zip(self._repeating, rows_of_lanes, strict=True):
+            for local, mate in enumerate(self._nodes.mates):
+                _copy(inner.target(number, int(mate)), rows, *spread.part(block, local))
+
+    def _own_rows(
         self,
         inner: Exchange,
         bundle: Bundle | None,
         staged: Sequence[Tensor | None],
         await_rows: Callable[[int], None],
-    ) -> None:
-        """Rows that never leave the node."""
+        num_parts: int,
+    ) -> Iterator[None]:
+        """Move rows that never leave the node, in so many parts: they can wait, what others wait for cannot."""
         for number in self._direct:
             for mate in self._nodes.mates:
                 rows = self._section(staged, number, int(mate))
-                _copy(
-                    inner.target(number, int(mate)),
-                    rows,
-                    np.arange(len(rows)),
-                    slots_of(self._lanes[number], int(mate)),
-                )
+                slots = slots_of(self._lanes[number], int(mate))
+                _copy(inner.target(number, int(mate)), rows, np.arange(len(rows)), slots)
         if bundle is None:
             return
         own = bundle.shipments[self._nodes.node]
-        numbered = replace(own, rows=np.arange(len(own.rows)))
-        spread = Spread.plan([numbered], len(self._nodes.mates), 1, max(1, len(own.rows)))
         await_rows(EVERYTHING)
-        for number, packed in zip(self._repeating, bundle.packed, strict=True):
-            for local, mate in enumerate(self._nodes.mates):
-                _copy(inner.target(number, int(mate)), packed[self._nodes.node], *spread.part(0, local))
+        starts = len(own.rows) * np.arange(num_parts + 1) // num_parts
+        spread = Spread.plan([replace(own, rows=np.arange(len(own.rows)))], len(self._nodes.mates), starts)
+        for part, (start, stop) in enumerate(pairwise(starts.tolist())):
+            self._put_block(inner, [packed[self._nodes.node][start:stop] for packed in bundle.packed], spread, part)
+            yield
 
     def _spread_plan(
-        self, arrived: list[Tensor], rows_WV: np.ndarray, copies_WV: np.ndarray, num_blocks: int, size: int
+        self, arrived: list[Tensor], rows_WV: np.ndarray, copies_WV: np.ndarray, starts: np.ndarray
     ) -> Spread:
         """Where the rows that come from other nodes go, as their senders said."""
         shipments, at = [], 0
@@ -196,7 +218,7 @@ class Spreader:
                 num_rows, copies = (int(counts[source, self._nodes.node]) for counts in (rows_WV, copies_WV))
                 shipments.append(Shipment.unpack(meta[at : at + num_rows + copies], num_rows))
                 at += num_rows + copies
-        return Spread.plan(shipments, len(self._nodes.mates), num_blocks, size)
+        return Spread.plan(shipments, len(self._nodes.mates), starts)
 
     def _place(self, inner: Exchange, number: int, rows: Tensor) -> None:
         """Put what came straight from other nodes where it belongs here."""

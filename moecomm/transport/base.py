@@ -66,6 +66,8 @@ class Lane:
         of its sends); None: they arrive in output order.
     repeats: a source row may be wanted in several slots, so it pays to send it to each node once. All such lanes of
         an exchange are `put` with the same indices.
+    node_counts: (W, 2 V) for a lane that repeats: how many rows each rank sends to each node if it sends each of them
+        once, then how many copies of them are wanted there. None: not known, the ranks must tell each other.
     num_sent: sum of send_counts, computed where it is not given.
     merge: sum rows on their way; the output is then sorted by (node, key). Only for a transport with `node_of_rank`.
     """
@@ -78,6 +80,7 @@ class Lane:
     send_starts: np.ndarray | None = None
     recv_slots: Callable[[], np.ndarray] | None = None
     repeats: bool = False
+    node_counts: np.ndarray | None = None
     merge: Merge | None = None
     num_sent: int = -1
 
@@ -116,6 +119,10 @@ class Exchange(ABC):
     @abstractmethod
     def target(self, lane: int, dst: int) -> Tensor:
         """Where to write this rank's rows of a contiguous lane for rank `dst`."""
+
+    def lend(self, lane: int, dst: int, rows: Tensor) -> None:
+        """Send those rows, all of this rank's for `dst`; nobody may write to them until `release`."""
+        self.target(lane, dst).copy_(rows)
 
     @abstractmethod
     def commit(self) -> None:

@@ -16,12 +16,12 @@ from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
 from moecomm.group import Group
 from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
-from moecomm.transport._bulletin import Bulletin, Verdict
+from moecomm.transport._bulletin import ROLL_CALL_S, Bulletin, Verdict
+from moecomm.transport._pairs import BREAK_S, Arrival, PairExchange, Waiter
 from moecomm.transport.base import TAG_BYTES, Exchange, Lane, Support, Transport, TransportOptions
 
 _HEAD_COUNTS = 256  # counts that travel with the tag; more follow once the ranks are known to agree
 _SLICE_S = 0.5  # how often a waiting rank looks whether another one gave up or left
-_ROLL_CALL_S = 2.0  # what the others get to say that they are there, once somebody gave up
 
 
 @final
@@ -36,8 +36,11 @@ class CollectiveTransport(Transport):
         self.process_group: dist.ProcessGroup = group.process_group
         store = dist.PrefixStore(f"moecomm/collective/{options.buffer_id}", self.process_group.get_group_store())
         self._bulletin = Bulletin(store, group.rank, group.size)
+        self._topology = topology
         self._away = [rank for rank in range(group.size) if not topology.same_node(rank, group.rank)]
         self._seq = 0  # of the next operation
+        # A duplicate is gloo, on connections of our own: who agrees already needs no collective there.
+        self._waiter = Waiter(self.process_group, self.timeout_s) if group.is_duplicate else None
         self.buffer_id = options.buffer_id
         self._seen: dict[int, str] = {}
 
@@ -69,6 +72,10 @@ class CollectiveTransport(Transport):
 
     def _all_gather(self, blob: np.ndarray, tag: str) -> np.ndarray:
         """(W, len(blob)) the bytes of all ranks."""
+        if self._waiter is not None:
+            blobs = torch.from_numpy(np.tile(blob, (self.group.size, 1)))
+            self.finish(self._waiter.gather(blobs), tag, self._seq)
+            return blobs.numpy()
         # Straight to every peer: all_gather of gloo goes around a ring, which takes as many steps as there are peers.
         mine = torch.from_numpy(blob).to(self.device).repeat(self.group.size)
         blobs = torch.empty_like(mine)
@@ -79,35 +86,59 @@ class CollectiveTransport(Transport):
         if not agreed:
             self.gather_counts(tag, np.empty(0, np.int32))
         self._seq += 1
+        if agreed and self._waiter is not None:
+            return PairExchange(self, self._waiter, tag, self._seq - 1, lanes)
         return CollectiveExchange(self, tag, self._seq - 1, lanes)
 
     def close(self) -> None:
         self._bulletin.leave(self._seq)
+        if self._waiter is not None:
+            self._waiter.close()
 
     def abort(self, error: MoECommError) -> None:
         self._bulletin.publish(Verdict.of(error, self.group.rank))
+        if self._waiter is not None:
+            self._waiter.break_off()
 
     def last_seen(self) -> dict[int, str]:
         return self._seen
 
-    def finish(self, work: dist.Work, tag: str, seq: int) -> None:
+    @property
+    def _spare_s(self) -> float:
+        """What it takes to find out who is missing."""
+        return BREAK_S if self._waiter is not None and self._bulletin.is_silent else 0.0
+
+    def finish(self, work: dist.Work | Arrival, tag: str, seq: int) -> None:
         """Wait for a collective of operation `seq` until the deadline, or until another rank gave up or left."""
         start = time.monotonic()
         while True:
             left_s = self.timeout_s - (time.monotonic() - start)
             try:
-                work.wait(timedelta(seconds=max(0.001, min(_SLICE_S, left_s))))
+                work.wait(timedelta(seconds=max(0.001, min(_SLICE_S, left_s - self._spare_s))))
                 return
             except RuntimeError as error:
+                left_s = self.timeout_s - (time.monotonic() - start)
                 timed_out = "timed out" in str(error).lower()
-                over = not timed_out or work.is_completed() or left_s <= _SLICE_S
-                if over or self._bulletin.has_trouble() or self._bulletin.left_before(seq):
-                    self._give_up(error, timed_out, time.monotonic() - start, tag.split(" ")[0], seq)
+                over = not timed_out or work.is_completed() or left_s <= self._spare_s
+                calling = left_s <= ROLL_CALL_S + _SLICE_S
+                trouble = not over and self._bulletin.look(seq, call_roll=calling, timeout_s=left_s)
+                if over or trouble:
+                    # Who saw it first is about to say what it is; who only heard of it does not know.
+                    verdict = self._bulletin.verdict(ROLL_CALL_S + _SLICE_S if trouble else 0.0)
+                    self._give_up(error, timed_out, self.timeout_s - left_s, tag.split(" ")[0], seq, verdict)
 
-    def _give_up(self, cause: RuntimeError, timed_out: bool, waited_s: float, operation: str, seq: int) -> NoReturn:
+    def _give_up(
+        self,
+        cause: RuntimeError,
+        timed_out: bool,
+        waited_s: float,
+        operation: str,
+        seq: int,
+        verdict: Verdict | None,
+    ) -> NoReturn:
         """Raise what the first rank that gave up found out; if that is this one, find out who is missing."""
         where: dict[str, Any] = {"rank": self.group.rank, "operation": operation, "seq": seq}
-        if verdict := self._bulletin.verdict():
+        if verdict is not None:
             raise self._heard(verdict, where) from cause
         error = self._diagnose(cause, timed_out, waited_s, where)
         verdict = self._bulletin.publish(Verdict.of(error, self.group.rank))
@@ -119,16 +150,24 @@ class CollectiveTransport(Transport):
         return error
 
     def _diagnose(
-        self, cause: RuntimeError, timed_out: bool, waited_s: float, where: dict[str, Any]
+        self,
+        cause: RuntimeError,
+        timed_out: bool,
+        waited_s: float,
+        where: dict[str, Any],
     ) -> PeerLostError | StallError:
         if left := self._bulletin.left_before(where["seq"]):
             remedy = "look for the first error of those ranks"
             return PeerLostError(f"ranks {left} closed their buffer", remedy=remedy, **where, peers=left)
-        missing = self._bulletin.call_roll(_ROLL_CALL_S)
+        missing = self._bulletin.call_roll()
         who = f"ranks {missing} do not answer" if missing else "all ranks answer"
         if missing is None:
             who, missing = "which ranks are missing is not known, as the key-value store does not answer", self._away
-            if missing:
+            if self._waiter is not None:
+                silent = self._waiter.silent()
+                missing = [peer for peer in self._away if any(self._topology.same_node(peer, one) for one in silent)]
+                who = f"the key-value store does not answer, and nothing comes from the nodes of ranks {missing}"
+            elif missing:
                 who = f"the key-value store does not answer, and with it all ranks of other nodes, {missing}"
         if timed_out:
             what = f"gave up after {waited_s:.1f} s: {who}"

@@ -95,7 +95,7 @@ class HierarchicalTransport(Transport):
             raise
 
     def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
-        return HierarchicalExchange(self, tag, lanes)
+        return HierarchicalExchange(self, tag, lanes, agreed=agreed)
 
     def abort(self, error: MoECommError) -> None:
         self.failure = self.failure or error
@@ -139,13 +139,14 @@ class HierarchicalTransport(Transport):
 class HierarchicalExchange(Exchange):
     """One operation: filled here by the caller's thread, moved by the transport's."""
 
-    def __init__(self, transport: HierarchicalTransport, tag: str, lanes: Sequence[Lane]) -> None:
+    def __init__(self, transport: HierarchicalTransport, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> None:
         self._transport, self._nodes, self._tag, self._lanes = transport, transport.nodes, tag, lanes
         self._staged = [None if lane.repeats else _staging(lane) for lane in lanes]
         self._wanted: dict[int, dict[int, tuple[Tensor, np.ndarray]]] = {
             number: {} for number, lane in enumerate(lanes) if lane.repeats
         }
         self._bundle: Bundle | None = None
+        self._told = self._know_or_ask(agreed=agreed)
         self._fill = Fill(lambda: transport.failure is not None, transport.timeout_s)
         self._outputs: list[Tensor] | None = None
         merging = [number for number, lane in enumerate(lanes) if lane.merge]
@@ -153,6 +154,19 @@ class HierarchicalExchange(Exchange):
         if merging:
             self._fill.reach(0)
         self._move = transport.move(self._merge_and_spread if merging else self._spread)
+
+    def _know_or_ask(self, *, agreed: bool) -> Future[np.ndarray] | None:
+        """What all ranks tell of their rows for each node; None: to be asked for once this rank knows its own."""
+        lane, transport = self._lanes[0], self._transport
+        if lane.merge is not None:
+            return transport.ask(self._tag, lane.merge.recv_rows.astype(np.int32))
+        nothing = np.zeros((transport.group.size, 2 * len(self._nodes.ranks_of_node)), np.int32)
+        known = self._lanes[min(self._wanted)].node_counts if self._wanted else nothing
+        if agreed and known is not None:
+            told: Future[np.ndarray] = Future()
+            told.set_result(known)
+            return told
+        return None if self._wanted else transport.ask(self._tag, nothing[0])
 
     # -- the caller's thread ---------------------------------------------------------------------------------------
 
@@ -205,6 +219,7 @@ class HierarchicalExchange(Exchange):
         lanes = [self._lanes[number] for number in self._wanted]
         packed = [[_empty(len(shipment.rows), lane.row_bytes) for shipment in shipments] for lane in lanes]
         self._bundle = Bundle(shipments, packed)
+        self._told = self._told or self._transport.ask(self._tag, self._bundle.header())
         self._fill.reach(0)
         step = max(1, BLOCK_BYTES // sum(lane.row_bytes for lane in lanes))
         for begin in range(0, max((len(shipments[node].rows) for node in nodes.away), default=0), step):
@@ -233,21 +248,23 @@ class HierarchicalExchange(Exchange):
         """Move lanes none of which merges."""
         transport = self._transport
         self._await(0 if self._wanted else EVERYTHING)
-        header = (
-            np.zeros(2 * len(self._nodes.ranks_of_node), np.int32) if self._bundle is None else self._bundle.header()
+        assert self._told is not None, "asked for before anything is filled"
+        told = self._told.result()
+        spreader = Spreader(
+            self._nodes, transport.inside, transport.between, self._tag, self._lanes, transport.counters
         )
-        told = transport.ask(self._tag, header).result()
-        spreader = Spreader(self._nodes, transport.inside, transport.between, self._tag, self._lanes)
         return keep(*spreader.run(self._bundle, self._staged, told, self._await))
 
     def _merge_and_spread(self) -> list[Tensor]:
         """Move a lane that merges, then what comes with it."""
         transport, nodes = self._transport, self._nodes
-        merger = Merger(nodes, transport.inside, transport.between, self._tag, self._lanes[0], self._rows_staged(0))
-        summed = merger.run(transport.ask(self._tag, merger.header()).result(), self._await)
+        rows, counters = self._rows_staged(0), transport.counters
+        merger = Merger(nodes, transport.inside, transport.between, self._tag, self._lanes[0], rows, counters)
+        assert self._told is not None, "asked for at once"
+        summed = merger.run(self._told, self._await)
         if len(self._lanes) == 1:
             return [summed]
-        spreader = Spreader(nodes, transport.inside, transport.between, self._tag, self._lanes[1:])
+        spreader = Spreader(nodes, transport.inside, transport.between, self._tag, self._lanes[1:], counters)
         told = np.zeros((nodes.topology.num_ranks, 2 * nodes.topology.num_nodes), np.int64)
         return [summed, *keep(*spreader.run(None, self._staged[1:], told, self._await))]
 

@@ -23,7 +23,7 @@ from moecomm.group import Group
 from moecomm.rows import empty_rows
 from moecomm.topology import Topology
 from moecomm.transport._mpi_exchange import MpiExchange
-from moecomm.transport._mpi_post import PROGRESS, Kind, duplicate, mpi_error, pause, post_of
+from moecomm.transport._mpi_post import PROGRESS, ROLL_CALL_S, Kind, duplicate, mpi_error, pause, post_of
 from moecomm.transport._staging import CopyEngine, Slots, copy_engine, device_awareness
 from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
 
@@ -247,6 +247,7 @@ class MpiTransport(Transport):
         """Wait until it is done, the deadline passes, or something is known that prevents it."""
         start = time.monotonic()
         conflict_s: float | None = None
+        self.box.called_s = None
         with PROGRESS.waiting(self.box, seq):
             while True:
                 lost = set(self.post.lost)  # what these sent before they ended is here after one more look
@@ -266,6 +267,8 @@ class MpiTransport(Transport):
                 self._raise_what_is_known(seq, tag, sorted(lost & set(missing() or lost)))
                 if waited >= self.timeout_s:
                     self._give_up(seq, tag, missing(), waited)
+                if self.box.called_s is None and waited >= max(self.timeout_s / 2, self.timeout_s - ROLL_CALL_S):
+                    self.post.begin_roll(self.box)
                 pause(waited)
 
     def _raise_what_is_known(self, seq: int, tag: str, lost: list[int]) -> None:

@@ -92,7 +92,7 @@ def caught(operation: Callable[[], object]) -> dict[str, Any]:
     except MoECommError as error:
         took_s = time.monotonic() - start
         told = {"kind": type(error).__name__, "operation": error.operation, "peers": error.peers}
-        return told | {"message": str(error), "took_s": took_s}
+        return told | {"message": str(error), "took_s": took_s, "at": time.time()}
     raise AssertionError("nothing was raised")
 
 

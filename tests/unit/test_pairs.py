@@ -1,0 +1,81 @@
+"""Messages between pairs of ranks over gloo: what comes, what is lost, and from whom something is missing."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import torch
+
+import moecomm
+from moecomm.group import Group
+from moecomm.testing import RankPool
+from moecomm.topology import Topology
+from moecomm.transport._bulletin import Bulletin
+from moecomm.transport._pairs import Waiter
+
+SOON = timedelta(seconds=30)
+
+
+def told(rank: int) -> tuple[str, set[int]]:
+    """Rank 0 waits for all others, of whom only rank 1 sends; then it closes its connections, and rank 3 is told."""
+    group = Group.resolve().duplicate(timeout_s=30.0)
+    assert group.process_group is not None
+    waiter, row = Waiter(group.process_group, 30.0), torch.full((1, 4), float(rank))
+    text, silent = "", set()
+    try:
+        if rank == 0:
+            rows = torch.zeros(4, 4)
+            works = [(peer, group.process_group.recv([rows[peer]], peer, 5)) for peer in (2, 1, 3)]
+            arrival = waiter.watch(works)
+            while not rows[1].any():
+                time.sleep(0.01)
+            try:
+                arrival.wait(timedelta(milliseconds=1))
+            except RuntimeError as error:
+                text = str(error)
+            assert not arrival.is_completed() and rows[1].tolist() == [1.0] * 4
+            silent = waiter.silent()
+        elif rank == 1:
+            waiter.watch([(0, group.process_group.send([row], 0, 5))]).wait(SOON)
+        elif rank == 3:
+            try:
+                waiter.watch([(0, group.process_group.recv([row], 0, 6))]).wait(SOON)
+            except RuntimeError as error:
+                text = str(error)
+        Group.resolve().barrier(timeout_s=60.0)
+    finally:
+        waiter.close()
+        group.free()
+    return text, silent
+
+
+def test_who_is_silent_and_who_hears_of_it() -> None:
+    with RankPool(4, timeout_s=100.0) as pool:
+        (waited, silent), _, _, (lost, _) = pool.run(told)
+        assert (waited, silent) == ("timed out", {2, 3})
+        assert "onnection closed by peer" in lost
+        for rank, error in enumerate(pool.run(without_store)):
+            assert error is None if rank == 3 else error == ("StallError", (3,)), (rank, error)
+
+
+def without_store(rank: int) -> tuple[str, tuple[int, ...]] | None:
+    """Rank 3, alone on its node, does not come, and the store does not answer: the others name no other node."""
+    sizes: dict[str, Any] = {"num_experts": 4, "hidden": 8, "top_k": 2, "max_tokens_per_rank": 8, "dtype": torch.float32}
+    buffer = moecomm.Buffer(topology=Topology((0, 0, 1, 2)), transport="hierarchical", timeout_s=2.0, **sizes)
+    x, topk_idx = torch.ones(8, 8), torch.tensor([[0, 1], [2, 3]]).repeat(4, 1)
+    buffer.dispatch(x, topk_idx)
+    group, error = Group.resolve(), None
+    with mock.patch.object(Bulletin, "_ask", lambda self, ask, otherwise, timeout_s=0.0: otherwise):
+        if rank != 3:
+            start = time.monotonic()
+            try:
+                buffer.dispatch(x, topk_idx)
+            except moecomm.MoECommError as raised:
+                error = type(raised).__name__, raised.peers
+                assert time.monotonic() - start > 1.5, "only at the deadline"
+        group.barrier(timeout_s=60.0)
+        buffer.close()
+    return error
