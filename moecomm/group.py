@@ -31,6 +31,7 @@ T = TypeVar("T")
 _ACCEPTED = "a torch.distributed.ProcessGroup, an mpi4py.MPI.Comm, or None"
 _MAX_PAUSE_S = 0.002
 _GLOO_THREADS = 8  # in a group of our own: blocks on their way at once
+_GLOO_PATIENCE = 10  # times the deadline: gloo counts from when a collective began, who waits for it from when he does
 _GRACE_S = 1.0  # what a store that no longer answers gets on top of the deadline
 
 
@@ -361,6 +362,7 @@ class Group:
             what = "the ranks cannot connect to each other over gloo"
             remedy = "name the network interface that all of them reach in GLOO_SOCKET_IFNAME"
             raise PeerLostError(what, got=str(error), remedy=remedy, rank=self.rank, operation=operation) from error
+        backend._set_default_timeout(timedelta(seconds=_GLOO_PATIENCE * timeout_s))
         group = dist.ProcessGroup(store, self.rank, self.size)
         gloo = dist.ProcessGroup.BackendType.GLOO
         group._register_backend(torch.device("cpu"), gloo, backend)

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from moecomm.testing import RankPool
 START_S = 60.0
 GRACE_S = 2.0
 ASLEEP_LOOKS = 5
+AT_ONCE = 4  # scenes side by side
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,41 @@ class Nursery:
         self, scenario: Callable[..., Any], size: int, *args: Any, timeout_s: float = 60.0, backend: str | None = "gloo"
     ) -> list[Outcome]:
         """Run a scenario, a function at the top level of a module; the outcome of every rank."""
-        return self._pool.run(_fork_ranks, scenario, size, args, timeout_s, backend, timeout_s=timeout_s + START_S)[0]
+        scene = (scenario, size, args, timeout_s, backend)
+        return self._pool.run(_run_scenes, [scene], timeout_s=timeout_s + START_S)[0][0]
+
+    def run_side_by_side(self, scenes: Sequence[tuple[Any, ...]], timeout_s: float = 60.0) -> list[list[Outcome]]:
+        """Run scenes (scenario, size, *args), several of them at a time; the outcomes of all ranks of each."""
+        given = [(scenario, size, args, timeout_s, "gloo") for scenario, size, *args in scenes]
+        return self._pool.run(_run_scenes, given, timeout_s=timeout_s * len(scenes) + START_S)[0]
+
+
+# What `Nursery.run` takes, by a name: scenario, size, and its arguments.
+Scenes = dict[tuple[str, str], tuple[Any, ...]]
+
+
+class SideBySide:
+    """Scenes that mostly wait, run several at a time when the first of them is asked for.
+
+    Of these, the ones whose name is among the parameters of a test that was selected: what nobody looks at is not run.
+    """
+
+    def __init__(self, nursery: Nursery, scenes: Scenes, request: Any) -> None:
+        asked = [set(map(str, item.callspec.params.values())) for item in _parametrized(request)]
+        self._scenes = {
+            name: scene for name, scene in scenes.items() if any({*name} - {"slow"} <= params for params in asked)
+        }
+        self._nursery, self._outcomes = nursery, dict[tuple[str, str], list[Outcome]]()
+
+    def __getitem__(self, name: tuple[str, str]) -> list[Outcome]:
+        if not self._outcomes:
+            told = self._nursery.run_side_by_side(list(self._scenes.values()))
+            self._outcomes = dict(zip(self._scenes, told, strict=True))
+        return self._outcomes[name]
+
+
+def _parametrized(request: Any) -> list[Any]:
+    return [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
 
 
 def _warm_up(rank: int) -> None:
@@ -151,57 +186,93 @@ def _warm_up(rank: int) -> None:
                 buffer.combine(out.x, out.handle, bias=x.detach()).sum().backward()
 
 
+@dataclass
+class _Scene:
+    """The ranks of one scene: processes, the pipes to them, what they have said, and what became of them."""
+
+    pids: list[int]
+    pipes: list[int]
+    deadline: float
+    log: Any
+    said: dict[int, bytes]
+    outcomes: dict[int, Outcome]
+
+    def hear(self, pipe: int) -> None:
+        """Take what a rank says, or that it ended; one that found something wrong cuts the others short."""
+        if chunk := os.read(pipe, 1 << 16):
+            self.said[pipe] += chunk
+            return
+        status = os.waitid(os.P_PID, self.pids[self.pipes.index(pipe)], os.WEXITED | os.WNOWAIT)
+        killed = 0 if status is None or status.si_code == os.CLD_EXITED else status.si_status
+        said = self.said[pipe]
+        self.outcomes[pipe] = pickle.loads(said) if said else Outcome(signal=killed)
+        if isinstance(self.outcomes[pipe].error, AssertionError):  # the others would wait in vain
+            self.deadline = min(self.deadline, time.monotonic() + GRACE_S)
+
+    def waiting(self) -> list[int]:
+        return [pipe for pipe in self.pipes if pipe not in self.outcomes]
+
+    def end(self) -> list[Outcome]:
+        """Who has not ended hangs; nothing stays of any."""
+        told = [
+            self.outcomes[pipe] if pipe in self.outcomes else _hung(pid, self.log)
+            for pid, pipe in zip(self.pids, self.pipes, strict=True)
+        ]
+        for pid, pipe in zip(self.pids, self.pipes, strict=True):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.close(pipe)
+            os.waitpid(pid, 0)
+        self.log.close()
+        return told
+
+
+def _run_scenes(_: int, scenes: Sequence[tuple[Any, ...]]) -> list[list[Outcome]]:
+    """Run scenes, up to AT_ONCE at a time."""
+    running: dict[int, _Scene] = {}
+    told: dict[int, list[Outcome]] = {}
+    try:
+        while len(told) < len(scenes):
+            while len(running) < AT_ONCE and (number := len(running) + len(told)) < len(scenes):
+                others = [pipe for scene in running.values() for pipe in scene.pipes]
+                running[number] = _fork_ranks(*scenes[number], others=others)
+            until = min(scene.deadline for scene in running.values())
+            pipes = {pipe: scene for scene in running.values() for pipe in scene.waiting()}
+            for pipe in select.select(list(pipes), [], [], max(0.0, until - time.monotonic()))[0]:
+                pipes[pipe].hear(pipe)
+            for number, scene in list(running.items()):
+                if not scene.waiting() or time.monotonic() >= scene.deadline:
+                    told[number] = running.pop(number).end()
+        return [told[number] for number in range(len(scenes))]
+    finally:
+        for scene in running.values():
+            scene.end()
+
+
 def _fork_ranks(
-    _: int, scenario: Callable[..., Any], size: int, args: tuple[Any, ...], timeout_s: float, backend: str | None
-) -> list[Outcome]:
-    token = uuid.uuid4().hex
-    pipes: list[int] = []
-    pids: list[int] = []
-    log = tempfile.TemporaryFile()  # noqa: SIM115
+    scenario: Callable[..., Any],
+    size: int,
+    args: Sequence[Any],
+    timeout_s: float,
+    backend: str | None,
+    *,
+    others: Sequence[int],
+) -> _Scene:
+    token, log = uuid.uuid4().hex, tempfile.TemporaryFile()  # noqa: SIM115
+    scene = _Scene([], [], time.monotonic() + timeout_s, log, {}, {})
     for rank in range(size):
         ours, theirs = os.pipe()
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            os.close(ours)
-            for other in pipes:
-                os.close(other)
-            _be_rank(rank, size, token, scenario, args, theirs, log, backend)
+            for pipe in (ours, *scene.pipes, *others):
+                os.close(pipe)
+            _be_rank(rank, size, token, scenario, args, theirs, scene.log, backend)
         os.close(theirs)
-        pipes.append(ours)
-        pids.append(pid)
-    try:
-        return _collect(pids, pipes, time.monotonic() + timeout_s, log)
-    finally:
-        for pid, pipe in zip(pids, pipes, strict=True):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            os.close(pipe)
-            os.waitpid(pid, 0)
-        log.close()
-
-
-def _collect(pids: list[int], pipes: list[int], deadline: float, log: Any) -> list[Outcome]:
-    """Wait for every rank; a rank that found something wrong cuts the others short, as they would wait in vain."""
-    said: dict[int, bytes] = dict.fromkeys(pipes, b"")
-    outcomes: dict[int, Outcome] = {}
-    while len(outcomes) < len(pids):
-        waiting = [pipe for pipe in pipes if pipe not in outcomes]
-        ready = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))[0]
-        if not ready:
-            return [
-                outcomes[pipe] if pipe in outcomes else _hung(pid, log) for pid, pipe in zip(pids, pipes, strict=True)
-            ]
-        for pipe in ready:
-            if chunk := os.read(pipe, 1 << 16):
-                said[pipe] += chunk
-                continue
-            status = os.waitid(os.P_PID, pids[pipes.index(pipe)], os.WEXITED | os.WNOWAIT)
-            killed = 0 if status is None or status.si_code == os.CLD_EXITED else status.si_status
-            outcomes[pipe] = pickle.loads(said[pipe]) if said[pipe] else Outcome(signal=killed)
-            if isinstance(outcomes[pipe].error, AssertionError):
-                deadline = min(deadline, time.monotonic() + GRACE_S)
-    return [outcomes[pipe] for pipe in pipes]
+        scene.pipes.append(ours)
+        scene.pids.append(pid)
+        scene.said[ours] = b""
+    return scene
 
 
 def _hung(pid: int, log: Any) -> Outcome:
@@ -216,7 +287,7 @@ def _be_rank(
     size: int,
     token: str,
     scenario: Callable[..., Any],
-    args: tuple[Any, ...],
+    args: Sequence[Any],
     pipe: int,
     log: Any,
     backend: str | None,

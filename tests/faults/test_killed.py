@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ import torch
 
 import moecomm
 from moecomm.testing import assert_bitwise
-from tests.faults._ranks import Nursery, World, results_of
+from tests.faults._ranks import Nursery, Scenes, SideBySide, World, results_of
 from tests.faults._scenes import TRANSPORTS, Caught, build, catch, patience, right_step, rows_for, tokens_of
 
 DEADLINE_S = {"symmetric": 20.0, "collective": 10.0}
@@ -156,13 +157,27 @@ def check(caught: Caught, rank: int, transport: str, operation: str, victim: int
     assert caught.afterwards is not None and caught.afterwards.peers == (victim,)
 
 
+def cast_of(transport: str, moment: str) -> tuple[int, int]:
+    """Sizes and victims take turns: rank 0 and the last one are special to a store and to a ring."""
+    turn = list(MOMENTS).index(moment) + TRANSPORTS.index(transport)
+    return ((3, 1), (2, 0), (4, 3), (3, 0))[turn % 4]
+
+
+@pytest.fixture(scope="module")
+def deaths(nursery: Nursery, request: pytest.FixtureRequest) -> SideBySide:
+    """The scenes that are asked for, several at a time."""
+    scenes: Scenes = {}
+    for transport, moment in itertools.product(TRANSPORTS, MOMENTS):
+        size, victim = cast_of(transport, moment)
+        scenes[transport, moment] = (scene, size, transport, moment, victim)
+    return SideBySide(nursery, scenes, request)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_the_others_learn_who_died(nursery: Nursery, transport: str, moment: str) -> None:
-    # The sizes and victims take turns: rank 0 and the last one are special to a store and to a ring.
-    turn = list(MOMENTS).index(moment) + TRANSPORTS.index(transport)
-    size, victim = ((3, 1), (2, 0), (4, 3), (3, 0))[turn % 4]
-    caught = results_of(nursery.run(scene, size, transport, moment, victim), killed=victim)
+def test_the_others_learn_who_died(deaths: SideBySide, transport: str, moment: str) -> None:
+    size, victim = cast_of(transport, moment)
+    caught = results_of(deaths[transport, moment], killed=victim)
     for rank in range(size):
         if rank != victim:
             check(caught[rank], rank, transport, MOMENTS[moment][1], victim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import signal
@@ -11,10 +12,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import moecomm
-from tests.faults._ranks import Nursery, World, results_of
+from moecomm.group import Group
+from tests.faults._ranks import Nursery, Scenes, SideBySide, World, results_of
 from tests.faults._scenes import TRANSPORTS, Caught, build, catch, patience, right_step, tokens_of
 
 TIMEOUT_S = 1.5
@@ -68,12 +71,26 @@ def oversleep(world: World, transport: str, operation: str, sleeper: int) -> Cau
     return caught
 
 
+@pytest.fixture(scope="module")
+def side_by_side(nursery: Nursery, request: pytest.FixtureRequest) -> SideBySide:
+    """The scenes of this file that only wait: as many of them as are asked for, at the same time."""
+    scenes: Scenes = {}
+    for transport in TRANSPORTS:
+        scenes |= {(transport, name): (oversleep, 3, transport, name, number) for number, name in enumerate(SLEEPY)}
+        scenes |= {(transport, "slow"): (be_slow, 2, transport)}
+        scenes |= {(transport, how): (leave, 3, transport, how) for how in ("close", "exception")}
+        scenes |= {(transport, how): (break_off, 3, transport, how) for how in ("memory", "interrupt")}
+    return SideBySide(nursery, scenes, request)
+
+
 @pytest.mark.parametrize("operation", SLEEPY)
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_rank_that_sleeps_past_the_deadline_is_named(nursery: Nursery, transport: str, operation: str) -> None:
+def test_a_rank_that_sleeps_past_the_deadline_is_named(
+    side_by_side: SideBySide, transport: str, operation: str
+) -> None:
     sleeper = list(SLEEPY).index(operation)
     slack_s = 1.0 if transport == "symmetric" else ROLL_CALL_S
-    for rank, caught in enumerate(results_of(nursery.run(oversleep, 3, transport, operation, sleeper))):
+    for rank, caught in enumerate(results_of(side_by_side[transport, operation])):
         error = caught.error
         assert isinstance(error, moecomm.StallError) and unusable(caught), caught.text
         assert error.rank == rank and error.operation in ("dispatch", "combine") and error.seq is not None
@@ -98,8 +115,29 @@ def be_slow(world: World, transport: str) -> int:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_slow_rank_is_waited_for(nursery: Nursery, transport: str) -> None:
-    assert results_of(nursery.run(be_slow, 2, transport)) == [2, 2]
+def test_a_slow_rank_is_waited_for(side_by_side: SideBySide, transport: str) -> None:
+    assert results_of(side_by_side[transport, "slow"]) == [2, 2]
+
+
+def begin_early(world: World) -> float:
+    """Rank 0 begins a collective on connections of its own, and waits for it long after; rank 1 comes in between."""
+    group: Any = Group.resolve().duplicate(timeout_s=0.3)
+    mine, theirs = torch.full((2,), float(world.rank)), torch.empty(2)
+    world.meet("ready")
+    if world.rank == 1:
+        time.sleep(0.6)
+    work = dist.all_to_all_single(theirs, mine, group=group.process_group, async_op=True)
+    if world.rank == 0:
+        time.sleep(0.9)
+    work.wait(datetime.timedelta(seconds=20))
+    world.meet("done")
+    group.free()
+    return float(theirs.sum())
+
+
+def test_a_deadline_counts_from_when_somebody_waits(nursery: Nursery) -> None:
+    """Not from when the collective began: gloo's own clock must not run out first."""
+    assert results_of(nursery.run(begin_early, 2)) == [1.0, 1.0]
 
 
 def stop_the_host(world: World, transport: str) -> Caught | None:
@@ -170,8 +208,8 @@ def leave(world: World, transport: str, how: str) -> Caught:
 
 @pytest.mark.parametrize("how", ["close", "exception"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_rank_that_leaves_is_named(nursery: Nursery, transport: str, how: str) -> None:
-    for rank, caught in enumerate(results_of(nursery.run(leave, 3, transport, how))):
+def test_a_rank_that_leaves_is_named(side_by_side: SideBySide, transport: str, how: str) -> None:
+    for rank, caught in enumerate(results_of(side_by_side[transport, how])):
         if rank == 1:
             assert isinstance(caught.error, moecomm.StaleHandleError), caught.text
             continue
@@ -245,8 +283,8 @@ def break_off(world: World, transport: str, how: str) -> Caught | str:
 
 @pytest.mark.parametrize("how", ["memory", "interrupt"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_rank_that_breaks_off_tells_the_others(nursery: Nursery, transport: str, how: str) -> None:
-    told = results_of(nursery.run(break_off, 3, transport, how))
+def test_a_rank_that_breaks_off_tells_the_others(side_by_side: SideBySide, transport: str, how: str) -> None:
+    told = results_of(side_by_side[transport, how])
     name = "MemoryError" if how == "memory" else "KeyboardInterrupt"
     assert told[1].startswith(
         f"{name}; then rank 1: this buffer failed earlier and cannot go on: rank 1 broke off with"

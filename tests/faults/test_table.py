@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import torch
 import moecomm
 from moecomm.testing.simulated import Faults, Outcome, simulate
 from tests.faults import _table
-from tests.faults._ranks import Nursery, World
+from tests.faults._ranks import Nursery, SideBySide, World
 from tests.faults._scenes import E, H, K, M, build, loop, right_step, tokens_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,13 +96,13 @@ def scene(world: World, transport: str, event: str) -> tuple[str, float, str, st
             with buffer:
                 loop(buffer, world.rank, between)
         except BaseException as error:
-            kind = type(error).__name__
+            kind, text = type(error).__name__, str(error)
             seconds = time.monotonic() - float(world.store.get("happened"))
     try:
         buffer.dispatch(*tokens_of(world.rank))
         after = "it went on"
     except moecomm.MoECommError as error:
-        after = str(error)
+        after = f"{error} (it had raised: {text})"
     world.mark("over")
     return kind, seconds, after, printed.getvalue()
 
@@ -127,10 +128,17 @@ def judge(transport: str, event: str, outcomes: list[Any]) -> None:
         assert reports == 1, [outcome.result for outcome in outcomes]
 
 
+@pytest.fixture(scope="module")
+def cells(nursery: Nursery, request: pytest.FixtureRequest) -> SideBySide:
+    """The scenes of the cells that are asked for, several at a time: most of them wait."""
+    wanted = itertools.product(PROCESSES, _table.EVENTS)
+    return SideBySide(nursery, {cell: (scene, 3, *cell) for cell in wanted}, request)
+
+
 @pytest.mark.parametrize("event", _table.EVENTS)
 @pytest.mark.parametrize("transport", PROCESSES)
-def test_cell(nursery: Nursery, transport: str, event: str) -> None:
-    judge(transport, event, nursery.run(scene, 3, transport, event))
+def test_cell(cells: SideBySide, transport: str, event: str) -> None:
+    judge(transport, event, cells[transport, event])
 
 
 # -- simulated -------------------------------------------------------------------------------------------------------
