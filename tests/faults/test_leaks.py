@@ -77,7 +77,7 @@ def test_a_process_ends_with_a_buffer_that_nobody_closed(transport: str) -> None
 # -- one process -----------------------------------------------------------------------------------------------------
 
 
-WINDOWS, ROUNDS = 12, 40
+WINDOWS, ROUNDS, LEAKY_ROUNDS = 12, 40, 24
 
 
 def keep_going(world: World, transport: str, windows: int, leak: bool) -> dict[str, Any]:
@@ -89,9 +89,10 @@ def keep_going(world: World, transport: str, windows: int, leak: bool) -> dict[s
     before = belongings()
     buffer = build(transport, num_segments=4)
     leaked: list[object] = []
+    rounds = LEAKY_ROUNDS if leak else ROUNDS
 
     def work(buffer: moecomm.Buffer = buffer) -> None:
-        for round in range(ROUNDS):
+        for round in range(rounds):
             out = right_step(buffer, world, round % 8)
             x, topk_idx, weights = tokens_of(world.rank, round % 8)
             rows: Any = buffer.dispatch(x.requires_grad_(), handle=out.handle).x
@@ -118,7 +119,7 @@ def keep_going(world: World, transport: str, windows: int, leak: bool) -> dict[s
     world.meet("done")
     buffer.close()
     del buffer, work, operations
-    return {"operations": per_window, "grown": grown, "closed": settled(before)}
+    return {"operations": per_window, "grown": grown, "closed": settled(before, 0.0 if leak else 20.0)}
 
 
 def some_of_everything() -> object:
@@ -221,9 +222,9 @@ def fail_to_build(world: World) -> dict[str, Any]:
         fault = OSError(28, "no space left")
         if world.rank == 1:
             with mock.patch.object(place, name, side_effect=fault), pytest.raises((OSError, moecomm.MoECommError)):
-                build(timeout_s=1.0)
+                build(timeout_s=0.5)
         else:
-            error = catch(lambda: build(timeout_s=1.0)).error
+            error = catch(lambda: build(timeout_s=0.5)).error
             assert isinstance(error, (moecomm.StallError, moecomm.PeerLostError)) and 1 in error.peers, error
         names.append(name)
         world.meet(f"failed {name}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 import moecomm
-from tests.faults._ranks import Nursery, World, results_of
+from tests.faults._ranks import Nursery, SideBySide, World, results_of
 from tests.faults._scenes import build, catch
 
 
@@ -39,13 +39,19 @@ def be_limited(world: World, limit: str) -> tuple[str, str]:
     moecomm.Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1, transport="symmetric").close()
     if world.rank == 1:
         LIMITS[limit]()
-    caught = catch(lambda: build("symmetric", hidden=4096, max_tokens_per_rank=4096, timeout_s=10.0))
+    caught = catch(lambda: build("symmetric", hidden=4096, max_tokens_per_rank=4096, timeout_s=4.0))
     return type(caught.error).__name__, caught.text
 
 
+@pytest.fixture(scope="module")
+def limited(nursery: Nursery, request: pytest.FixtureRequest) -> SideBySide:
+    """The others wait for the rank that could not come: all of them at the same time."""
+    return SideBySide(nursery, {(limit, "slow"): (be_limited, 2, limit) for limit in LIMITS}, request)
+
+
 @pytest.mark.parametrize("limit", LIMITS)
-def test_limits_are_clear_errors(nursery: Nursery, limit: str) -> None:
-    told = results_of(nursery.run(be_limited, 2, limit))
+def test_limits_are_clear_errors(limited: SideBySide, limit: str) -> None:
+    told = results_of(limited[limit, "slow"])
     kind, text = told[1]
     assert kind == "CapacityError" and ("ulimit" in text or "descriptors" in text), text
     assert told[0][0] in ("PeerLostError", "StallError") and "rank" in told[0][1], told[0]

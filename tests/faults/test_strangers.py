@@ -151,7 +151,7 @@ def dial_an_impostor(world: World) -> str:
 
     other = mock.patch.object(handshake, "_user_of", lambda sock: os.getuid() + world.rank)
     with other:
-        return catch(lambda: build(timeout_s=3.0)).text
+        return catch(lambda: build(timeout_s=1.5)).text
 
 
 def test_a_rank_tells_its_key_to_no_listener_of_another_user(nursery: Nursery) -> None:
