@@ -47,6 +47,8 @@ class Calls:
         spec = spec_of(quant, self._check)
         payloads = self._check.dispatch(x, topk_idx, topk_weights, layout, align, handle)
         payloads = encoded([payload.resolve_conj().resolve_neg() for payload in payloads], spec, self._check)
+        if spec is not None:
+            self._check.row_bytes(payloads)  # of a few elements: scales may take more than was saved
         rows, scales = payloads[0], payloads[1] if len(payloads) > 1 else None
         if topk_weights is not None:
             topk_weights = _packed(topk_weights)

@@ -15,6 +15,7 @@ from torch import Tensor
 import moecomm
 from moecomm import reference
 from moecomm.errors import MoECommError, UnsupportedError
+from moecomm.memory.device import moves_by_kernels
 from moecomm.reference import ReferenceDispatched
 from moecomm.testing.asserts import assert_bitwise, assert_error_bounded
 from moecomm.testing.cases import Case
@@ -139,6 +140,7 @@ class Trial:
         self.align = case.align if layout == "expert" else 1
         self.sums = buffer.config.dtype == case.combine_dtype
         self.has_gradients = case.dtype == case.combine_dtype and not case.extreme
+        self.by_kernels = buffer.transport == "symmetric" and moves_by_kernels(buffer.config.device)
         self.node_of_rank: list[int] | None = None
         if buffer.transport == "hierarchical":
             nodes = range(buffer.topology.num_nodes)

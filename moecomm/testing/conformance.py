@@ -16,8 +16,8 @@ from typing import Any
 import moecomm
 from moecomm.errors import MoECommError, UnsupportedError
 from moecomm.group import Group
-from moecomm.memory.device import moves_by_kernels
 from moecomm.testing._padded_trial import PaddedTrial
+from moecomm.testing._quant_trial import try_quantised
 from moecomm.testing._trial import Checks, Sent, Trial
 from moecomm.testing.cases import Case
 
@@ -61,9 +61,9 @@ def run_conformance(
     Every round has another routing and, where the case says so, other token counts. In each: dispatch, a replay of its
     handle with another payload, combine of the handle before last while the newer one lives, combine with and without
     weights and bias, all gradients. One rank is late each time. Inputs lie inside poisoned memory that must stay as it
-    is, padding rows come back poisoned and must not matter, results are kept and must not change later. Layout "padded"
-    has rounds of its own: every way to quantise, the older of two live handles, overwritten ones refused. Copy
-    engines must refuse it.
+    is, padding rows come back poisoned and must not matter, results are kept and must not change later. Once per layout
+    and way to reduce rows are quantised, in another format for each case. Layout "padded" has rounds of its own: every
+    way to quantise, the older of two live handles, overwritten ones refused. Copy engines must refuse it.
 
     Args:
         group: what `moecomm.Buffer` takes.
@@ -196,12 +196,11 @@ def _run(case: Case, combination: Sequence[tuple[str, moecomm.Buffer]], rounds: 
     trials = []
     for layout, buffer in combination:
         trial = Trial(case, buffer, layout, buffer.config.reduce, checks)
-        by_kernels = buffer.transport == "symmetric" and moves_by_kernels(buffer.config.device)
-        by_copies = by_kernels and buffer.config.engine == "copy"
+        by_copies = trial.by_kernels and buffer.config.engine == "copy"
         if (layout, trial.reduce) == ("rank", "source") or (layout == "padded" and by_copies):
             _refuse(trial, buffer, checks)
         elif layout == "padded":
-            PaddedTrial(trial, checks, by_kernels).run(rounds)
+            PaddedTrial(trial, checks, trial.by_kernels).run(rounds)
         else:
             trials.append(trial)
     earlier: tuple[Trial, Sent] | None = None
@@ -213,6 +212,9 @@ def _run(case: Case, combination: Sequence[tuple[str, moecomm.Buffer]], rounds: 
             earlier[0].combine(earlier[1], variant=round + 1)
         trial.combine(now, variant=round)
         trial.backward(now)
+        is_interpreted = trial.by_kernels and trial.device.type == "cpu"  # slow, and tested by itself
+        if round < len(trials) and trial.has_gradients and not is_interpreted:
+            try_quantised(trial, round)
         earlier = trial, now
     for trial in trials:
         trial.check_kept()

@@ -24,8 +24,8 @@ def after(change: Callable[[Any], Any]) -> Sabotage:
 
 
 def with_rows(change: Callable[[Tensor], Tensor]) -> Sabotage:
-    """Change the rows that a dispatch returns."""
-    return after(lambda out: replace(out, x=change(out.x)))
+    """Change the rows that a dispatch returns, but for quantised ones."""
+    return after(lambda out: replace(out, x=change(out.x)) if isinstance(out.x, Tensor) else out)
 
 
 def swap_rows(rows: Tensor) -> Tensor:
@@ -95,7 +95,9 @@ def scale_gradient(position: int, factor: float) -> Sabotage:
 
 
 def poison_padding(out: moecomm.Dispatched) -> moecomm.Dispatched:
-    assert isinstance(out.x, Tensor) and out.expert_offsets is not None
+    if not isinstance(out.x, Tensor):
+        return out
+    assert out.expert_offsets is not None
     rows, starts = out.x.clone(), [0, *out.expert_offsets.tolist()]
     for start, count, end in zip(starts, out.tokens_per_expert.tolist(), starts[1:], strict=False):
         rows[start + count : end] = 1
