@@ -98,7 +98,13 @@ def run_conformance(
 
 
 def run_in_turn(
-    group: object, transport: str, cases: Iterable[Case], *, rounds: int = 6, timeout_s: float = 60.0
+    group: object,
+    transport: str,
+    cases: Iterable[Case],
+    *,
+    rounds: int = 6,
+    layouts: Sequence[str] = ("expert", "rank", "padded"),
+    timeout_s: float = 60.0,
 ) -> list[ConformanceResult]:
     """Run cases as `run_conformance` does, but let layouts and ways to reduce take turns: a third of the time.
 
@@ -111,6 +117,7 @@ def run_in_turn(
         transport: what `moecomm.Buffer` takes.
         cases: see `moecomm.testing.CASES`.
         rounds: calls with changing routings per case.
+        layouts: of dispatch.
         timeout_s: deadline of every wait in seconds.
 
     Returns:
@@ -123,8 +130,9 @@ def run_in_turn(
     >>> [(result.case, result.layout, result.ok) for result in run_in_turn(None, "local", [CASES["one_token"]])]
     [('one_token', 'in turn', True)]
     """
+    combination = [(layout, reduce) for layout, reduce in _IN_TURN if layout in layouts]
     build = functools.partial(_build, group=group, transport=transport, timeout_s=timeout_s, options={})
-    return _run_all(cases, [_IN_TURN], build, transport, rounds)
+    return _run_all(cases, [combination], build, transport, rounds)
 
 
 def _run_all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from moecomm.errors import ConfigError, StallError, UnsupportedError
 from moecomm.group import Group
 from moecomm.memory.device import device_memory_support, moves_by_kernels, unreachable_peers
 from moecomm.testing import CASES, Case, RankPool, run_ranks
-from moecomm.testing.conformance import ConformanceResult, run_conformance
+from moecomm.testing.conformance import ConformanceResult, run_conformance, run_in_turn
 from moecomm.testing.planted import find_planted
 from moecomm.testing.planted_kernels import PLANTED_IN_KERNELS
 from tests.conformance.test_conformance import demand
@@ -24,46 +25,45 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 DEADLINE_S = 240.0
 INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
-BOTH, BY_RANK = ("rank", "source"), ("rank",)
-SUMS = ("plain", "masked", "k_equals_e", "odd_hidden", "extreme_values", "no_weights")  # these both ways
-# (world size, rounds, ways to reduce): cases. Interpreting takes a second per case and way.
+# Rounds in turn of layout "expert" with both ways to reduce and layout "rank": three are one of each.
+ROUNDS = 3
+LAYOUTS = ("expert", "rank")  # the third has tests of its own
+# World size: cases. Interpreting takes half a second per round and rank.
 RUNS = {
-    (2, 1, BOTH): SUMS,
-    (2, 1, BY_RANK): tuple(name for name in CASES if name not in SUMS),
-    (2, 6, BOTH): ("tiny_hidden",),
-    (1, 2, BOTH): ("masked", "quantised_pair", "odd_align"),
-    (4, 1, BOTH): ("ragged_tokens", "rank_without_experts", "duplicate_expert"),
+    1: ("masked", "quantised_pair", "odd_align", "more_choices_than_experts", "extreme_values", "wide"),
+    2: tuple(CASES),
+    4: ("ragged_tokens", "rank_without_experts", "duplicate_expert", "uneven_experts", "lone_token", "no_weights"),
 }
+
+
+def small(name: str) -> Case:
+    """A named case with half its tokens: interpreting takes its time per row."""
+    case = CASES[name]
+    return dataclasses.replace(case, tokens=tuple((tokens + 1) // 2 for tokens in case.tokens))
 
 
 @functools.cache
 def prepare() -> None:
     """Make the interpreter of this process quicker, and give way to other ranks while it polls."""
-    from tests.kernels.checks.conftest import check_overflow, hurry, yield_while_polling
+    from tests.kernels.checks.interpreter import check_overflow, hurry, yield_while_polling
 
     hurry()
     yield_while_polling()
     check_overflow(False)
 
 
-def run_on_rank(
-    rank: int, name: str, rounds: int, reduces: tuple[str, ...], options: dict[str, object] | None = None
-) -> list[ConformanceResult]:
+def run_in_turn_on_rank(rank: int, case: Case, rounds: int) -> list[ConformanceResult]:
     import triton
 
     assert triton.knobs.runtime.interpret
     prepare()
-    cases = [CASES[name]]
-    return run_conformance(
-        None,
-        "symmetric",
-        cases,
-        rounds=rounds,
-        layouts=("expert", "rank"),  # the third has tests of its own
-        reduces=reduces,
-        timeout_s=DEADLINE_S,
-        options=options,
-    )
+    return run_in_turn(None, "symmetric", [case], rounds=rounds, layouts=LAYOUTS, timeout_s=DEADLINE_S)
+
+
+def run_with_options(rank: int, case: Case, options: dict[str, object]) -> list[ConformanceResult]:
+    prepare()
+    given: dict[str, Any] = {"rounds": 1, "layouts": LAYOUTS, "timeout_s": DEADLINE_S, "options": options}
+    return run_conformance(None, "symmetric", [case], **given)
 
 
 def choices_of_a_layer(rank: int) -> tuple[list[int], list[int]]:
@@ -103,14 +103,14 @@ def test_a_layer_knows_the_choices_of_all_ranks(pool_of: Callable[[int], RankPoo
 
 
 @pytest.mark.timeout(DEADLINE_S + 30)
-@pytest.mark.parametrize(
-    ("world_size", "rounds", "reduces", "name"), [(*how, name) for how, names in RUNS.items() for name in names]
-)
-def test_named_case(
-    pool_of: Callable[[int], RankPool], world_size: int, rounds: int, reduces: tuple[str, ...], name: str
-) -> None:
-    results_of_ranks = pool_of(world_size).run(run_on_rank, name, rounds, reduces)
-    demand(results_of_ranks, world_size, 2 * len(reduces))
+@pytest.mark.parametrize(("world_size", "name"), [(size, name) for size, names in RUNS.items() for name in names])
+def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, name: str) -> None:
+    demand(pool_of(world_size).run(run_in_turn_on_rank, small(name), ROUNDS), world_size, 1)
+
+
+@pytest.mark.timeout(DEADLINE_S + 30)
+def test_many_rounds(pool_of: Callable[[int], RankPool]) -> None:
+    demand(pool_of(2).run(run_in_turn_on_rank, small("tiny_hidden"), 4 * ROUNDS), 2, 1)
 
 
 @pytest.mark.timeout(DEADLINE_S + 30)
@@ -124,8 +124,7 @@ def test_named_case(
 def test_copy_engines_and_budgets_change_nothing(
     pool_of: Callable[[int], RankPool], world_size: int, name: str, options: dict[str, object]
 ) -> None:
-    results_of_ranks = pool_of(world_size).run(run_on_rank, name, 1, BOTH, options)
-    demand(results_of_ranks, world_size, 4)
+    demand(pool_of(world_size).run(run_with_options, small(name), options), world_size, 4)
 
 
 # -- faults inside kernels ------------------------------------------------------------------------------------------

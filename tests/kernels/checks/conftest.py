@@ -2,65 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import triton
-import triton.runtime.interpreter as interpreter
+
+from tests.kernels.checks.interpreter import check_overflow, hurry, yield_while_polling
 
 GUARD_BYTES = 256
 POISON = 0xA5
-
-
-def hurry() -> None:
-    """Patch the interpreter to prepare `triton.language` once per launch, not in every call of a device function."""
-    prepare, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    prepared: set[frozenset[int]] = set()
-
-    class Nothing:
-        def restore(self) -> None:
-            return
-
-    def prepare_once(function: Any) -> Any:
-        languages = (interpreter.tl, interpreter.tl.core)
-        seen = frozenset(id(value) for value in function.__globals__.values() if any(value is x for x in languages))
-        if seen in prepared:
-            return Nothing()
-        prepared.add(seen)
-        return prepare(function)
-
-    def run_prepared(self: Any, *args: Any, **kwargs: Any) -> None:
-        prepared.clear()
-        try:
-            run(self, *args, **kwargs)
-        finally:
-            prepared.clear()
-
-    interpreter._patch_lang = prepare_once
-    interpreter.GridExecutor.__call__ = run_prepared
-
-
-def yield_while_polling() -> None:
-    """Have every atomic operation of the interpreter that acquires give way to other processes."""
-    builder = interpreter.interpreter_builder
-    plain = builder.create_atomic_rmw
-
-    def give_way(operation: Any, pointer: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
-        if str(sem).endswith("ACQUIRE"):
-            time.sleep(0.0002)
-        return plain(operation, pointer, value, mask, sem, scope)
-
-    builder.create_atomic_rmw = give_way
-
-
-def check_overflow(wanted: bool) -> None:
-    """Have the interpreter check every integer operation for overflow, or not: that halves its speed."""
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=wanted)
 
 
 if triton.knobs.runtime.interpret:
