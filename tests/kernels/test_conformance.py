@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from moecomm.testing.conformance import ConformanceResult, run_conformance, run_
 from moecomm.testing.planted import find_planted
 from moecomm.testing.planted_kernels import PLANTED_IN_KERNELS
 from tests.conformance.test_conformance import demand
+from tests.kernels.small import small
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -34,12 +34,6 @@ RUNS = {
     2: tuple(CASES),
     4: ("ragged_tokens", "rank_without_experts", "duplicate_expert", "uneven_experts", "lone_token", "no_weights"),
 }
-
-
-def small(name: str) -> Case:
-    """A named case with half its tokens: interpreting takes its time per row."""
-    case = CASES[name]
-    return dataclasses.replace(case, tokens=tuple((tokens + 1) // 2 for tokens in case.tokens))
 
 
 @functools.cache

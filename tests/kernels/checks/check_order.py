@@ -21,8 +21,8 @@ from moecomm.kernels.permute import unpermute
 from moecomm.kernels.quant import dequantize, quantize
 from moecomm.kernels.reduce_grad import reduce_grad_rows, reduce_grad_weights
 
-from moecomm.testing.cases import CASES
 from tests.kernels.checks.worlds import DEVICE, dispatch_and_combine, world_of
+from tests.kernels.small import small
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter runs programs in a chosen order")
 ORDERS = ("backwards", "shuffle 1", "shuffle 2")
@@ -66,13 +66,13 @@ def many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exchange_in_any_order(name: str, order: str) -> None:
     """layout, push, receive, push_reduced and reduce: the oracle's bits whatever the order."""
     with ordered(order):
-        dispatch_and_combine(CASES[name], world_of(CASES[name], 2), 0)
+        dispatch_and_combine(small(name), world_of(small(name), 2), 0)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_sums_at_the_source_in_any_order(order: str) -> None:
     with ordered(order):
-        dispatch_and_combine(CASES["masked"], world_of(CASES["masked"], 2, source_sums=True), 0)
+        dispatch_and_combine(small("masked"), world_of(small("masked"), 2, source_sums=True), 0)
 
 
 def operations() -> dict[str, Callable[[], Any]]:

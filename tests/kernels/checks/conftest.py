@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from tests.kernels.checks.interpreter import check_overflow, hurry, yield_while_polling
+from tests.kernels.checks.interpreter import check_overflow, hurry
 
 GUARD_BYTES = 256
 POISON = 0xA5

@@ -1,17 +1,14 @@
 """One rank of a world of processes over shared memory, whose kernels wait for real signals.
 
-    python -m tests.kernels.checks.rank_process RANK WORLD FD BYTES_PER_RUN ROUNDS NAME... [--silent-from ROUND]
-
 Every run (a case, or `case/source`) has its own part of the memory. Nothing but the kernels' own signals keeps the
-ranks in step. Each rank compares what it got with the oracle, and prints `rank R: ok` at the end.
+ranks in step. Each rank compares what it got with the oracle.
 """
 
 from __future__ import annotations
 
-import mmap
 import random
-import sys
 import time
+from dataclasses import dataclass
 
 import torch
 from moecomm.kernels.combine import push_reduced
@@ -22,12 +19,13 @@ from moecomm.kernels.rows import RowFormat
 
 from moecomm import reference
 from moecomm.testing.asserts import assert_bitwise
-from moecomm.testing.cases import CASES, Case
-from tests.kernels.checks.conftest import check_overflow, hurry, yield_while_polling
+from moecomm.testing.cases import Case
+from tests.kernels.checks.interpreter import yield_while_polling
 from tests.kernels.checks.worlds import World, compare_dispatch, entry_rows, given, row_bytes_of
+from tests.kernels.small import small
 
 MAX_SPINS = 1_000_000
-FEW_SPINS = 3_000  # seconds: for a rank that never comes
+FEW_SPINS = 1_000  # a second or more: for a rank that never comes
 
 
 def play(case: Case, world: World, rank: int, round: int) -> None:
@@ -73,31 +71,32 @@ def dawdle() -> None:
         time.sleep(random.random() * 0.05)
 
 
-def main() -> None:
-    """Play all runs, then say that all was well."""
-    rank, world_size, fd, run_bytes, rounds, silent_from, *names = sys.argv[1:]
-    torch.set_num_threads(1)
-    hurry()
-    yield_while_polling()
-    check_overflow(False)
-    random.seed(int(rank))
-    memory = torch.frombuffer(mmap.mmap(int(fd), 0), dtype=torch.uint8)
-    for number, name in enumerate(names):
-        case_name, _, source = name.partition("/")
-        case = CASES[case_name]
-        part = memory[number * int(run_bytes) : (number + 1) * int(run_bytes)]
-        tokens = max(case.max_tokens_per_rank, 1)
-        world = World(
-            case.placement(int(world_size)), case.top_k, tokens, row_bytes_of(case), bool(source), part, MAX_SPINS
-        )
-        for round in range(int(rounds)):
-            if round == int(silent_from):
-                if int(rank) == int(world_size) - 1:
-                    return
-                world.links = [link._replace(max_spins=FEW_SPINS) for link in world.links]
-            play(case, world, int(rank), round)
-    print(f"rank {rank}: ok", flush=True)
+@dataclass(frozen=True)
+class Runs:
+    """What all ranks of a world play, one run after another, each in its part of `memory`.
 
+    silent_from: the round in which the last rank leaves, and the others wait for it in vain; -1: none.
+    """
 
-if __name__ == "__main__":
-    main()
+    world_size: int
+    names: list[str]
+    rounds: int
+    memory: torch.Tensor
+    silent_from: int = -1
+
+    def play(self, rank: int) -> None:
+        """Play all runs as a rank."""
+        torch.set_num_threads(1)
+        yield_while_polling()
+        random.seed(rank)
+        for part, name in zip(self.memory.chunk(len(self.names)), self.names, strict=True):
+            case_name, _, source = name.partition("/")
+            case = small(case_name)
+            sizes = case.top_k, max(case.max_tokens_per_rank, 1), row_bytes_of(case)
+            world = World(case.placement(self.world_size), *sizes, bool(source), part, MAX_SPINS)
+            for round in range(self.rounds):
+                if round == self.silent_from:
+                    if rank == self.world_size - 1:
+                        return
+                    world.links = [link._replace(max_spins=FEW_SPINS) for link in world.links]
+                play(case, world, rank, round)

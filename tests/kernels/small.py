@@ -1,0 +1,13 @@
+"""The named cases with half their tokens: interpreting takes its time per row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moecomm.testing.cases import CASES, Case
+
+
+def small(name: str) -> Case:
+    """A named case, smaller."""
+    case = CASES[name]
+    return dataclasses.replace(case, tokens=tuple((tokens + 1) // 2 for tokens in case.tokens))
