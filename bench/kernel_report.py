@@ -48,7 +48,7 @@ def compile_all(job: tuple[str, str]) -> list[dict[str, Any]]:
 
     shape_name, target = job
     shape = next(shape for shape in aot.SHAPES if shape.name == shape_name)
-    return [aot.inspect(name, shape, target, launch).record() for name, launch in aot.launches(shape).items()]
+    return [compiled.record() for compiled in aot.inspect(shape, target)]
 
 
 def collect(shapes: list[str] | None = None, targets: list[str] | None = None, workers: int | None = None) -> Any:

@@ -14,7 +14,7 @@ import torch
 import triton
 from moecomm.kernels import _launch
 from moecomm.kernels._launch import Launch
-from moecomm.kernels.assembly import flushes, fused_products, memory_orders, row_widths, use_amd, use_nvidia
+from moecomm.kernels.assembly import Use, flushes, fused_products, memory_orders, row_widths, use_amd, uses_nvidia
 from moecomm.kernels.combine import push_reduced
 from moecomm.kernels.layout import SendLayout, layout
 from moecomm.kernels.padded import padded_receive, padded_send
@@ -232,12 +232,22 @@ def compile_launch(launch: Launch, target: str, *, fused: bool = False) -> Any:
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def inspect(name: str, shape: Shape, target: str, launch: Launch) -> Compiled:
-    """Compile a launch and measure the result."""
-    compiled = compile_launch(launch, target)
+def inspect(shape: Shape, target: str, chosen: dict[str, Launch] | None = None) -> list[Compiled]:
+    """Compile launches at a shape for a target, all of them unless told, and measure what came out."""
+    found = launches(shape) if chosen is None else chosen
+    compiled = [compile_launch(launch, target) for launch in found.values()]
+    if target.startswith("gfx"):
+        uses = [use_amd(one.asm["amdgcn"]) for one in compiled]
+    else:
+        uses = uses_nvidia([one.asm["cubin"] for one in compiled], target.replace("sm_", "SM"))
+    measured = zip(found.items(), compiled, uses, strict=True)
+    return [_measured(name, shape, target, (launch, one, use)) for (name, launch), one, use in measured]
+
+
+def _measured(name: str, shape: Shape, target: str, result: tuple[Launch, Any, Use]) -> Compiled:
+    launch, compiled, use = result
     amd = target.startswith("gfx")
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
-    use = use_amd(assembly) if amd else use_nvidia(compiled.asm["cubin"])
     fused = fused_products(assembly)
     if not amd and "div.rn" not in assembly:
         fused += use.mix["fused"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,18 +116,46 @@ def flushes(assembly: str) -> int:
     return assembly.count(".ftz") + sum(mode != "3" for mode in modes)
 
 
-def use_nvidia(cubin: bytes) -> Use:
-    """What a cubin needs; division, which is made of fused operations, aside, `FFMA` counts as kind fused."""
-    tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        dump = [tool, "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    registers, stack = (_number(rf"{name}:(\d+)", text) for name in ("REG", "STACK"))
-    opcodes = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", text)
+def uses_nvidia(cubins: list[bytes], arch: str) -> list[Use]:
+    """What cubins for one architecture (such as SM90) need; disassembled together, as that takes its time per call.
+
+    Division is made of fused operations; they aside, `FFMA` counts as kind fused.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    ends = list(accumulate(map(len, codes)))
+    text = _run("nvdisasm", b"".join(codes), "--binary", arch)
+    opcodes: list[list[str]] = [[] for _ in cubins]
+    for place, opcode in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", text):
+        opcodes[bisect(ends, int(place, 16))].append(opcode)
+    return [_use_nvidia(cubin, code, found) for cubin, code, found in zip(cubins, codes, opcodes, strict=True)]
+
+
+def _use_nvidia(cubin: bytes, code: bytes, opcodes: list[str]) -> Use:
+    assert len(opcodes) * 16 == len(code), f"{len(opcodes)} instructions of 16 bytes in {len(code)} bytes"
+    usage = _run("cuobjdump", cubin, "--dump-resource-usage")
+    registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
     spilled = sum(opcode.startswith(("STL", "LDL")) for opcode in opcodes)
     return Use(registers, spilled, stack, Counter(_kind_nvidia(opcode) for opcode in opcodes if opcode != "NOP"))
+
+
+def _code(cubin: bytes) -> bytes:
+    """The instructions of the only kernel in a cubin: section .text.NAME of a 64-bit little-endian ELF file."""
+    assert cubin[:6] == b"\x7fELF\x02\x01", "a cubin is a 64-bit little-endian ELF file"
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + at * size) for at in range(count)]
+    named = sections[names][4]
+    (found,) = (s for s in sections if cubin.startswith(b".text.", named + s[0]))
+    return cubin[found[4] : found[4] + found[5]]
+
+
+def _run(tool: str, content: bytes, *options: str) -> str:
+    """What a tool of NVIDIA, which Triton brings along, prints about a file."""
+    path = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool)
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(content)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def use_amd(assembly: str) -> Use:
