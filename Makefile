@@ -69,7 +69,7 @@ gpu-check: $(STAMP)  ## the tests and benchmarks that need a GPU
 	if [ -n "$$reason" ]; then echo "no GPU: skipped, because $$reason"; \
 	else $(PY) -m pytest -m gpu $(ARGS) && $(PY) bench/bench_kernels.py --out bench/results/kernels; fi
 
-soak: $(STAMP)  ## random cases, kills and stalls for 10 minutes; SOAK_ARGS="--minutes 60" for longer
+soak: $(STAMP)  ## random cases, kills and stalls for 10 minutes; SOAK_ARGS="--minutes 60 --tally FILE" adds up
 	$(PY) -m tests.faults.soak $(SOAK_ARGS)
 
 wheel: $(STAMP)  ## build dist/moecomm-*.whl

@@ -198,7 +198,6 @@ class Lane(threading.Thread):
 
 def soak(minutes: float, seed: int, counts: Counts) -> None:
     """Run both lanes until the time is up, or all goals are reached."""
-    end = time.monotonic() + 60 * minutes
     with (
         no_leaks(settle_s=5.0),
         RankPool(1, backend=None) as simulator,
@@ -214,7 +213,7 @@ def soak(minutes: float, seed: int, counts: Counts) -> None:
 
         lanes = [Lane([(SIMULATED, simulated)], seed, counts), Lane(turns, seed, counts)]
         for lane in lanes:
-            lane.end = end
+            lane.end = time.monotonic() + 60 * minutes
             lane.start()
         for lane in lanes:
             lane.join()
