@@ -32,7 +32,6 @@ from moecomm.topology import Topology
 from moecomm.transport import TRANSPORTS
 
 ROUNDS = 6
-ARRANGEMENTS = [(1, "local"), *((w, t) for w in (1, 2, 3, 4) for t in ("symmetric", "collective"))]
 TIMEOUT_S = 30.0
 # The node of every rank, for the transport that knows several.
 NODES = {
@@ -42,14 +41,26 @@ NODES = {
     "one_and_three": (0, 1, 1, 1),
     "in_turn": (0, 1, 0, 1),
 }
+FLAT = [(1, "local", None), *((w, t, None) for w in (1, 2, 3, 4) for t in ("symmetric", "collective"))]
+# Every case on two nodes of two ranks and on one arrangement more, in turn: all of them on all take minutes, and are
+# run by hand with `torchrun ... test_conformance.py --transport hierarchical --nodes 0,1,1,1`.
+OTHERS = [nodes for nodes in NODES if nodes != "2x2"]
+# All runs of a case follow each other: ranks keep what the oracle said of it.
+RUNS = [
+    (name, *how)
+    for i, name in enumerate(CASES)
+    for how in (*FLAT, (4, "hierarchical", "2x2"), (4, "hierarchical", OTHERS[i % len(OTHERS)]))
+]
 
 
 def run_on_rank(rank: int, transport: str, case: Case, rounds: int) -> list[ConformanceResult]:
     return run_conformance(None, transport, [case], rounds=rounds, timeout_s=TIMEOUT_S)
 
 
-def run_in_turn_on_rank(rank: int, transport: str, case: Case) -> list[ConformanceResult]:
-    return run_in_turn(None, transport, [case], rounds=ROUNDS, timeout_s=TIMEOUT_S)
+def run_in_turn_on_rank(rank: int, transport: str, case: Case, nodes: str | None) -> list[ConformanceResult]:
+    topology = None if nodes is None else Topology(NODES[nodes])
+    with mock.patch.object(moecomm, "Buffer", functools.partial(moecomm.Buffer, topology=topology)):
+        return run_in_turn(None, transport, [case], rounds=ROUNDS, timeout_s=TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -71,33 +82,17 @@ def demand(results_of_ranks: list[list[ConformanceResult]], world_size: int, num
     assert all(result.num_checks > 0 for results in results_of_ranks for result in results)
 
 
-@pytest.mark.parametrize(("world_size", "transport"), ARRANGEMENTS)
-@pytest.mark.parametrize("name", CASES)
-def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, transport: str, name: str) -> None:
-    demand(pool_of(world_size).run(run_in_turn_on_rank, transport, CASES[name]), world_size, 1)
+@pytest.mark.parametrize(("name", "world_size", "transport", "nodes"), RUNS)
+def test_named_case(
+    pool_of: Callable[[int], RankPool], name: str, world_size: int, transport: str, nodes: str | None
+) -> None:
+    demand(pool_of(world_size).run(run_in_turn_on_rank, transport, CASES[name], nodes), world_size, 1)
 
 
 @pytest.mark.parametrize(("world_size", "transport"), [(1, "local"), (2, "symmetric"), (3, "collective")])
 @pytest.mark.parametrize("name", ["masked", "ragged_tokens", "uneven_experts"])
 def test_every_layout_by_itself(pool_of: Callable[[int], RankPool], world_size: int, transport: str, name: str) -> None:
     demand(pool_of(world_size).run(run_on_rank, transport, CASES[name], ROUNDS), world_size)
-
-
-def run_on_nodes(rank: int, nodes: tuple[int, ...], case: Case) -> list[ConformanceResult]:
-    on_nodes = functools.partial(moecomm.Buffer, topology=Topology(nodes))
-    with mock.patch.object(moecomm, "Buffer", on_nodes):
-        return run_in_turn_on_rank(rank, "hierarchical", case)
-
-
-# Every case on two nodes of two ranks and on one arrangement more, in turn: all of them on all take minutes, and are
-# run by hand with `torchrun ... test_conformance.py --transport hierarchical --nodes 0,1,1,1`.
-OTHERS = [nodes for nodes in NODES if nodes != "2x2"]
-ON_NODES = [pair for i, name in enumerate(CASES) for pair in ((name, "2x2"), (name, OTHERS[i % len(OTHERS)]))]
-
-
-@pytest.mark.parametrize(("name", "nodes"), ON_NODES)
-def test_named_case_on_nodes(pool_of: Callable[[int], RankPool], name: str, nodes: str) -> None:
-    demand(pool_of(4).run(run_on_nodes, NODES[nodes], CASES[name]), 4, 1)
 
 
 @pytest.mark.parametrize("transport", ["symmetric", "collective"])
