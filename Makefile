@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= bench,dev,docs,hf,test
 ARGS ?=
+# Files of tests at a time: ranks share two cores well enough, and many tests wait.
+TEST_WORKERS ?= 2
 
 DEMO_RANKS ?= 4
 DEMO_LAYER_ARGS ?=
@@ -42,7 +44,7 @@ demo: $(STAMP)  ## one MoE layer on 4 processes, checked; then train a small mod
 	$(TORCHRUN) --nproc-per-node $(DEMO_RANKS) examples/train_moe_lm.py $(DEMO_TRAIN_ARGS)
 
 test: $(STAMP)  ## the whole test suite
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## formatting, lint and types
 	$(BIN)/ruff format --check
