@@ -32,7 +32,7 @@ CAN_FORK = sys.platform == "linux"  # elsewhere system libraries do not stand a 
 _READY = b"ready"
 _MAX_WARM = 4  # the one that was used least recently ends
 # Imported in the warm process if whoever starts it has them: functions of a test module need pytest, and so on.
-_OPTIONAL = ("pytest", "hypothesis", "triton", "moecomm.testing.conformance")
+_OPTIONAL = ("pytest", "hypothesis", "triton", "torch._dynamo", "matplotlib.figure", "moecomm.testing.conformance")
 _WARM_CASES = ("plain", "float16_payload", "float32_payload", "quantised_pair")
 
 

@@ -14,11 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import pytest
 import torch
+import torch._dynamo
 
 from moecomm.testing import no_leaks, run_ranks
 
+# An optimizer loads torch's compiler, which takes seconds: forked ranks have what this process has imported.
+assert torch._dynamo and matplotlib.figure
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.timeout(400)  # seconds where nobody else uses the machine
