@@ -53,7 +53,8 @@ class Buffer:
         topology: which ranks share a node; None: detected.
         beside_bytes: room for the second of a pair, beside rows of the buffer's dtype.
         check: "off", "cheap" (a tag of every row is compared on arrival) or "full" (and a check sum of all bytes);
-            None: MOECOMM_CHECK, or "off". What does not fit raises CorruptionError on all ranks.
+            None: MOECOMM_CHECK, or "off". What does not fit raises CorruptionError on all ranks. Sums that are made on
+            their way (hierarchical, reduce="rank") are not checked.
         engine: with kernels, who moves rows: "kernels", or "copy": kernels pack them and the GPU's copy engines do the
             rest, so that communication occupies no multiprocessor; the host then waits for the packing.
         num_sms: with kernels, multiprocessors that they may fill; None: one for each 128 KiB that a rank sends at most,

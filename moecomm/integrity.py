@@ -23,7 +23,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import final
@@ -37,7 +37,7 @@ from moecomm.checks import TAG_BYTES
 from moecomm.core import Core
 from moecomm.errors import CorruptionError, UnsupportedError
 from moecomm.operations import Parcel
-from moecomm.transport.base import Exchange, as_bytes
+from moecomm.transport.base import Exchange, Lane, as_bytes
 
 _POISON = 255
 _MIX = 0x5851F42D4C957F2D  # odd, with bits everywhere
@@ -51,13 +51,12 @@ def attach(core: Core, check: str) -> None:
     """Give a buffer its checks; "off" is nothing at all."""
     if check == "off":
         return
-    if core.fused is not None or core.merge_nodes is not None:
-        why = "kernels move whole operations" if core.fused is not None else "rows are summed on their way home"
+    if core.fused is not None:
         raise UnsupportedError(
-            f"rows cannot be checked on this transport: {why}",
+            "rows cannot be checked on this transport: kernels move whole operations",
             got=f"check={check!r}",
-            expected='check="off", or a flat transport on the host',
-            remedy="leave check out, or use it with transport symmetric, collective or mpi",
+            expected='check="off", or a transport on the host',
+            remedy="leave check out",
             rank=core.rank,
         )
     core.integrity = Integrity(core, check)
@@ -111,34 +110,39 @@ class Integrity:
     check: str
     num_operations: int = 0
 
-    def watch(self, tag: str, parcels: Sequence[Parcel]) -> Watch:
-        """The tags of one exchange."""
+    def watch(self, tag: str, parcels: Sequence[Parcel]) -> Watch | None:
+        """The tags of one exchange; None where nothing is left as it is on its way (sums per node)."""
         self.num_operations += 1
-        watched = parcels if self.check == "full" else parcels[:1]
-        return Watch(self, tag, self.num_operations - 1, watched, len(parcels))
+        numbers = range(len(parcels)) if self.check == "full" else range(1)
+        watched = {number: parcels[number] for number in numbers if parcels[number].lane.merge is None}
+        return Watch(self, tag, self.num_operations - 1, watched, len(parcels)) if watched else None
 
 
 @final
 class Watch:
-    """One exchange with tags: `lanes` to open beside the others, `seal` before it is committed, `checked` after."""
+    """One exchange with tags: `lanes` to open beside the others, `seal` before it is committed, `checked` after.
 
-    def __init__(self, of: Integrity, tag: str, number: int, parcels: Sequence[Parcel], num_lanes: int) -> None:
+    parcels: those that are watched, by the number of their lane.
+    """
+
+    def __init__(self, of: Integrity, tag: str, number: int, parcels: Mapping[int, Parcel], num_lanes: int) -> None:
         self.core, self.full, self.tag, self.number = of.core, of.check == "full", tag, number
         self.one_in = 1 if self.full else _ONE_IN
         self.num_lanes, self._parcels = num_lanes, parcels
-        self.homes = [parcel.homes for parcel in parcels]
-        self.payloads = [parcel.lane for parcel in parcels]
-        self.lanes = [replace(lane, row_bytes=TAG_BYTES, repeats=False) for lane in self.payloads]
+        self.homes = {number: parcel.homes for number, parcel in parcels.items()}
+        self.payloads = {number: parcel.lane for number, parcel in parcels.items()}
+        self.lanes = [replace(lane, row_bytes=TAG_BYTES, repeats=False) for lane in self.payloads.values()]
         self.head = (number & 0xFFFFFFFF) << 32 | (zlib.crc32(tag.encode()) & 0xFFFF) << 16
         self.head -= (self.head >> 63) << 64  # as int64
 
     def seal(self, exchange: Exchange) -> list[Parcel]:
         """The tags of what has been put, as parcels of their own."""
-        sealed = [self._seal(exchange, number, parcel) for number, parcel in enumerate(self._parcels)]
-        self._parcels = ()
+        lanes = zip(self._parcels.items(), self.lanes, strict=True)
+        sealed = [self._seal(exchange, number, parcel, tags) for (number, parcel), tags in lanes]
+        self._parcels = {}
         return sealed
 
-    def _seal(self, exchange: Exchange, number: int, parcel: Parcel) -> Parcel:
+    def _seal(self, exchange: Exchange, number: int, parcel: Parcel, tag_lane: Lane) -> Parcel:
         lane, rows, index = parcel.lane, as_bytes(parcel.rows), parcel.index
         if parcel.table_PK is None:
             sums = row_sums(rows, every_byte=self.full)
@@ -162,7 +166,7 @@ class Watch:
             address, bits = (0, 0) if index is None else (index.data_ptr(), 8 * index.element_size())
             given = len(counts), counts.ctypes.data, address, parcel.every, sums.data_ptr()
             jit.seal_kernel(bits, self.one_in)(*given, self.head | self.core.rank, tags.data_ptr())
-        return Parcel(self.lanes[number], tags, place)
+        return Parcel(tag_lane, tags, place)
 
     def checked(self, exchange: Exchange) -> Exchange:
         """The exchange, which will compare before it gives anything out."""
@@ -170,8 +174,8 @@ class Watch:
 
     def verify(self, arrived: list[Tensor]) -> None:
         """Compare what came with what must have come, and poison the tags."""
-        for number, lane in enumerate(self.payloads):
-            rows, tags = arrived[number], arrived[self.num_lanes + number].view(torch.int64)
+        for place, (number, lane) in enumerate(self.payloads.items()):
+            rows, tags = arrived[number], arrived[self.num_lanes + place].view(torch.int64)
             slots = None if lane.recv_slots is None else torch.from_numpy(lane.recv_slots()).to(rows.device)
             jit = _jit(rows)
             if jit is None or not rows.is_contiguous() or not tags.is_contiguous():

@@ -63,7 +63,13 @@ def test_who_is_silent_and_who_hears_of_it() -> None:
 
 def without_store(rank: int) -> tuple[str, tuple[int, ...]] | None:
     """Rank 3, alone on its node, does not come, and the store does not answer: the others name no other node."""
-    sizes: dict[str, Any] = {"num_experts": 4, "hidden": 8, "top_k": 2, "max_tokens_per_rank": 8, "dtype": torch.float32}
+    sizes: dict[str, Any] = {
+        "num_experts": 4,
+        "hidden": 8,
+        "top_k": 2,
+        "max_tokens_per_rank": 8,
+        "dtype": torch.float32,
+    }
     buffer = moecomm.Buffer(topology=Topology((0, 0, 1, 2)), transport="hierarchical", timeout_s=2.0, **sizes)
     x, topk_idx = torch.ones(8, 8), torch.tensor([[0, 1], [2, 3]]).repeat(4, 1)
     buffer.dispatch(x, topk_idx)
