@@ -16,10 +16,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -161,6 +164,48 @@ def _gather(group: object, results: list[ConformanceResult]) -> list[Conformance
     return [result for of_rank in everybody for result in of_rank]
 
 
+def _part(group: Any, cases: list[Case], sizes: list[int]) -> tuple[Any, list[Case], bool]:
+    """Split the ranks into groups of those sizes: that of this rank, its cases, and whether it leads it.
+
+    Groups of equal size share the cases.
+    """
+    if not sizes:
+        return group, cases, False
+    number = int(np.searchsorted(np.cumsum(sizes), group.rank, "right"))
+    alike = [i for i, size in enumerate(sizes) if size == sizes[number]]
+    part = group.Split(number, group.rank)
+    return part, cases[alike.index(number) :: len(alike)], part.rank == 0
+
+
+def _meet(group: Any) -> None:
+    """Wait for the groups that are not done, without using their cores: what MPI itself calls waiting does."""
+    if hasattr(group, "Ibarrier"):
+        request = group.Ibarrier()
+        while not request.Test():
+            time.sleep(0.01)
+
+
+def _run(group: Any, transport: str, cases: list[Case], rounds: int, speaks: bool) -> int:
+    """Run the cases and say what came of them; how many results are failures."""
+    try:
+        mine = run_in_turn(group, transport, cases, rounds=rounds, timeout_s=TIMEOUT_S)
+    except UnsupportedError as error:
+        if speaks:
+            print(f"{transport}: not here: {error}")
+        return 0
+    results = _gather(group, mine)
+    failed = [result for result in results if not result.ok]
+    if speaks:
+        checks = sum(result.num_checks for result in results)
+        said = (
+            f"{transport}: {len(cases)} cases, {results[0].world_size} ranks, {checks} checks, {len(failed)} failed\n"
+        )
+        for result in failed:
+            said += f"  {result.case}, {result.layout}, {result.reduce}, rank {result.rank}: {result.message}\n"
+        print(end=said, flush=True)
+    return len(failed)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases on the ranks of the launcher that started this; 0 if all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--random", type=int, default=0, metavar="N", help="random cases on top of the named ones")
     parser.add_argument("--seed", type=int, default=0, help="of the first random case")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--sizes", default="", help="as in 4+3,1: first all four together, then three and one (MPI)")
     parser.add_argument("--nodes", metavar="N,N,...", help="pretend that every rank is on that node")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -181,23 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     group, rank = _join()
     num_failed = 0
-    for transport in options.transport.split(","):
-        try:
-            mine = run_in_turn(group, transport, cases, rounds=options.rounds, timeout_s=TIMEOUT_S)
-        except UnsupportedError as error:
-            if rank == 0:
-                print(f"{transport}: not here: {error}")
-            continue
-        results = _gather(group, mine)
-        failed = [result for result in results if not result.ok]
-        num_failed += len(failed)
-        if rank == 0:
-            checks = sum(result.num_checks for result in results)
-            print(
-                f"{transport}: {len(cases)} cases, {results[0].world_size} ranks, {checks} checks, {len(failed)} failed"
-            )
-            for result in failed:
-                print(f"  {result.case}, {result.layout}, {result.reduce}, rank {result.rank}: {result.message}")
+    for sizes in options.sizes.split("+"):
+        part, mine, leads = _part(group, cases, [int(size) for size in sizes.split(",") if size])
+        for transport in options.transport.split(","):
+            num_failed += _run(part, transport, mine, options.rounds, rank == 0 or leads)
+        _meet(group)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if num_failed else 0
