@@ -129,8 +129,8 @@ class Bench:
         )
 
         def check_codes(given: tuple[Tensor, Tensor]) -> None:
-            for got, expected in zip(given, quantize_ref(self.x), strict=True):
-                _same(got, expected, "quantize")
+            for got, expected in zip(given, quantize_ref(self.x.cpu()), strict=True):
+                _same(got.cpu(), expected, "quantize")
 
         moved = self.tokens * (self.row_bytes + self._fp8_bytes)
         yield Work("quantize", lambda: quantize(self.x), moved, check_codes, "as the reference quantises")
@@ -156,7 +156,7 @@ class Bench:
             "push_quantized",
             lambda: push_quantized(self.x, sent, me, wire=self.wire),
             moved,
-            lambda _: check_sent(quantize_ref(self.x)[0], "push_quantized"),
+            lambda _: check_sent(quantize_ref(self.x.cpu())[0].to(self.x.device), "push_quantized"),
             "codes as the reference quantises",
         )
 
