@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from bench import bench_decode, bench_dispatch_combine, peers
+from bench import bench_decode, bench_deep_ep, bench_dispatch_combine, peers
 from bench.options import settings
 from bench.ranks import Ranks
+from bench.record import Measurement
 from moecomm import deep_ep
 
 SMALL = ["--repeats", "2", "--warmup", "0", "--experts", "4", "--top-k", "2"]
@@ -38,3 +39,14 @@ def beside_deep_ep(rank: int, script: str, options: list[str], broken: bool) -> 
         rows = module.run_case(setting, ranks)
     ranks.leave()
     return [(row.path, row.operation, row.gate, row.p50_us) for row in rows], notes.getvalue()
+
+
+def costs_of_deep_ep(rank: int) -> list[Measurement]:
+    """The rows of `bench_deep_ep.py`."""
+    args = bench_deep_ep.parser().parse_args(["--preset", "tiny", "--tokens", "5", "--repeats", "1", "--warmup", "0"])
+    args.command = ""
+    (setting,) = settings(args)
+    ranks = Ranks("cpu")
+    rows = bench_deep_ep.run_case(setting, ranks)
+    ranks.leave()
+    return rows

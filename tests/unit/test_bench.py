@@ -130,18 +130,6 @@ def test_two_ranks_run_the_memory_check() -> None:
     assert "100.00 %" in text and "20 iterations" in text
 
 
-def test_two_ranks_measure_what_deep_ep_costs(tmp_path: Path) -> None:
-    options = ["--preset", "tiny", "--tokens", "5", "--repeats", "1", "--warmup", "0", "--out", str(tmp_path / "costs")]
-    run("bench_deep_ep.py", *options)
-    rows = read([tmp_path / "costs.json"])
-    by_path = {path: {row.operation: row for row in rows if row.path == path} for path in ("moecomm", "deep_ep")}
-    assert by_path["moecomm"].keys() == by_path["deep_ep"].keys() and len(by_path["deep_ep"]) == 10
-    for operation, row in by_path["deep_ep"].items():
-        native = by_path["moecomm"][operation]
-        assert native.ratio == 1.0 and row.ratio == pytest.approx(native.p50_us / row.p50_us, rel=0.01)
-        assert row.gate and row.bytes_moved == native.bytes_moved > 0 and row.peak_memory_bytes
-
-
 def test_a_rank_that_dies_leaves_the_finished_cases_and_a_sentence(tmp_path: Path) -> None:
     out = tmp_path / "partial"
     script = tmp_path / "bench_dispatch_combine.py"

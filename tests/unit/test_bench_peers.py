@@ -10,7 +10,7 @@ from bench.bench_dispatch_combine import parser
 from bench.options import Setting, settings
 from bench.ranks import Ranks
 from moecomm.testing import run_ranks
-from tests.unit._bench_ranks import beside_deep_ep
+from tests.unit._bench_ranks import beside_deep_ep, costs_of_deep_ep
 
 
 def a_setting(*options: str) -> Setting:
@@ -65,3 +65,13 @@ def test_one_that_is_wrong_is_left_out_on_all_ranks() -> None:
     for rows, _ in told:
         assert {path for path, *_ in rows} == {"moecomm", "memcpy", "streamed copy"}
     assert "no DeepEP: AssertionError: DeepEP: combine is off by" in told[0][1]
+
+
+def test_what_our_deep_ep_costs() -> None:
+    rows = run_ranks(costs_of_deep_ep, 2, backend=None)[0]
+    by_path = {path: {row.operation: row for row in rows if row.path == path} for path in ("moecomm", "deep_ep")}
+    assert by_path["moecomm"].keys() == by_path["deep_ep"].keys() and len(by_path["deep_ep"]) == 10
+    for operation, row in by_path["deep_ep"].items():
+        native = by_path["moecomm"][operation]
+        assert native.ratio == 1.0 and row.ratio == pytest.approx(native.p50_us / row.p50_us, rel=0.01)
+        assert row.gate and row.bytes_moved == native.bytes_moved > 0 and row.peak_memory_bytes
