@@ -35,25 +35,31 @@ def sums_kernel(mix: int, every_byte: bool) -> Kernel:
 
 
 @cache
-def seal_kernel(index_bits: int, one_in: int) -> Kernel:
-    """Compile the tags of rows that leave. Arguments: W, counts (W,) int64, index, every, sums, head, tags.
+def seal_kernel(index_bits: int, shift: int, one_in: int, mix: int) -> Kernel:
+    """Compile the tags of rows that leave.
 
-    0 index_bits: entry i has sum i, and its token is not known. one_in: every so many rows of a section get a sum (a
-    power of two), the others 0.
+    Arguments: W, counts, index, every, sums, rows, stride, row_bytes, head, tags. counts: (W,) int64. 0 index_bits:
+    entry i is of row i, and its token is not known. shift: the power of 2 that `every` is, or -1. one_in: every so many
+    rows of a section get a sum (a power of two), the others 0. mix: 0 if the sums are given, else they are made here of
+    the first and last word of a row.
     """
-    fn, b, (ranks, counts, index, every, sums, head, tags) = function("seal", 7)
+    fn, b, (ranks, counts, index, every, sums, rows, stride, row_bytes, head, tags) = function("seal", 10)
     with loop(b, i64(0), ranks, 1, i64(0)) as section:
         first = section.carried[0]
         last = b.add(first, index_at(b, counts, section.i, 64))
         with loop(b, first, last, 1) as at:
-            source = b.udiv(index_at(b, index, at.i, index_bits), every) if index_bits else at.i
+            source = index_at(b, index, at.i, index_bits)
+            if index_bits:
+                source = b.udiv(source, every) if shift < 0 else b.lshr(source, i64(shift))
             tag = row_at(b, tags, at.i, i64(TAG_BYTES))
             place = b.shl(b.sub(at.i, first), i64(32))
             store(b, head, tag)
             store(b, b.or_(place, source if index_bits else i64(NO_TOKEN)), b.add(tag, i64(8)))
-            is_summed = b.icmp_signed("==", b.and_(b.sub(at.i, first), i64(one_in - 1)), i64(0))
-            total = b.select(is_summed, index_at(b, sums, source, 64), i64(0))
-            store(b, total, b.add(tag, i64(16)))
+            store(b, i64(0), b.add(tag, i64(16)))
+            with b.if_then(b.icmp_signed("==", b.and_(b.sub(at.i, first), i64(one_in - 1)), i64(0))):
+                row = row_at(b, rows, source, stride)
+                total = _sum(b, row, row_bytes, mix, False) if mix else index_at(b, sums, source, 64)
+                store(b, total, b.add(tag, i64(16)))
         section.next = [last]
     return finish(fn, b)
 

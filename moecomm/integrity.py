@@ -7,7 +7,7 @@ three int64 words, written by the sender beside the row and compared by the rece
 |---|---|
 | 0 | operation number (32 bits), check sum of the operation's arguments (16), source rank (16) |
 | 1 | which of the source's rows for this rank it is (32), its token (32; in a combine the receiver knows it) |
-| 2 | check sum of the row: of all its bytes ("full"); of the first and last 8 of one row in eight ("cheap"), else 0 |
+| 2 | check sum of the row: of all its bytes ("full"); of the first and last 8 of one row in 32 ("cheap"), else 0 |
 
 A row of an older operation, in another place, of another rank, from a call with other arguments, or never written does
 not fit. When the tags have been read they are poisoned, so that what is left of an operation never fits again; "full"
@@ -41,7 +41,7 @@ from moecomm.transport.base import Exchange, Lane, as_bytes
 
 _POISON = 255
 _MIX = 0x5851F42D4C957F2D  # odd, with bits everywhere
-_ONE_IN = 8  # rows whose bytes "cheap" looks at: of each it costs two cache misses
+_ONE_IN = 32  # rows whose bytes "cheap" looks at: of each it costs two cache misses
 _KEPT_ROWS = 64  # rows in an evidence file
 _NO_TOKEN = 0xFFFFFFFF
 _NEVER = "nothing that belongs here was ever written"
@@ -144,7 +144,13 @@ class Watch:
 
     def _seal(self, exchange: Exchange, number: int, parcel: Parcel, tag_lane: Lane) -> Parcel:
         lane, rows, index = parcel.lane, as_bytes(parcel.rows), parcel.index
-        if parcel.table_PK is None:
+        jit = _jit(rows)
+        mix = (
+            _MIX if jit is not None and parcel.table_PK is None and not self.full else 0
+        )  # sums are made with the tags
+        if mix:
+            sums = rows
+        elif parcel.table_PK is None:
             sums = row_sums(rows, every_byte=self.full)
         else:  # these rows exist only where they were written
             sums, first = torch.zeros(lane.num_sent, dtype=torch.int64, device=rows.device), 0
@@ -155,7 +161,7 @@ class Watch:
                 first = last
         tags = torch.empty(lane.num_sent, 3, dtype=torch.int64, device=rows.device)
         place = torch.arange(lane.num_sent, device=rows.device)
-        if (jit := _jit(rows)) is None:
+        if jit is None:
             token = place if index is None else index.long() // parcel.every
             tags[:, 0] = self.head | self.core.rank
             in_section = _places(lane.send_counts, rows.device)
@@ -164,8 +170,11 @@ class Watch:
         else:
             counts = np.ascontiguousarray(lane.send_counts, np.int64)
             address, bits = (0, 0) if index is None else (index.data_ptr(), 8 * index.element_size())
+            shift = parcel.every.bit_length() - 1 if parcel.every.bit_count() == 1 else -1
             given = len(counts), counts.ctypes.data, address, parcel.every, sums.data_ptr()
-            jit.seal_kernel(bits, self.one_in)(*given, self.head | self.core.rank, tags.data_ptr())
+            row = rows.data_ptr(), rows.stride(0), rows.shape[1]
+            seal = jit.seal_kernel(bits, shift, self.one_in, mix)
+            seal(*given, *row, self.head | self.core.rank, tags.data_ptr())
         return Parcel(tag_lane, tags, place)
 
     def checked(self, exchange: Exchange) -> Exchange:
