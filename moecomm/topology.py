@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moecomm import _env
-from moecomm.errors import ConfigError
+from moecomm.errors import CapacityError, ConfigError, PeerLostError
 from moecomm.group import Group
 
 
@@ -95,9 +97,10 @@ class Topology:
             StallError, PeerLostError: as `Group.all_gather_object`.
         """
         replies = group.all_gather_object(
-            (_env.ranks_per_node(), memory_key()), timeout_s=timeout_s, operation="Topology.detect"
+            (_env.ranks_per_node(), _key_or_error(group.rank)), timeout_s=timeout_s, operation="Topology.detect"
         )
-        found = cls.explicit([key for _, key in replies])
+        keys = [_unless_error(key, rank, group.rank) for rank, (_, key) in enumerate(replies)]
+        found = cls.explicit(keys)
         if given is not None:
             return given._within(found, f"topology={given.node_of_rank}", group.rank)
         wanted = [ranks_per_node for ranks_per_node, _ in replies]
@@ -179,6 +182,29 @@ def memory_key() -> tuple[str, str, int]:
             boot = file.read().strip()
         namespace = os.stat("/proc/self/ns/net")
         network = f"{namespace.st_dev}:{namespace.st_ino}"
-    except OSError:  # not Linux: one machine is one node as far as anybody can tell
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            what, remedy = "no descriptors are left to find out which ranks share memory", "raise `ulimit -n`"
+            raise CapacityError(what, got=str(error), remedy=remedy) from error
+        # Not Linux: one machine is one node as far as anybody can tell.
         boot, network = platform.node(), ""
     return boot, network, os.getuid() if hasattr(os, "getuid") else -1
+
+
+def _key_or_error(rank: int) -> tuple[str, str, int] | CapacityError:
+    """This rank's key; or why it has none, so that the others hear of it and need not wait."""
+    try:
+        return memory_key()
+    except CapacityError as error:
+        return CapacityError(error.what, got=error.got, remedy=error.remedy, rank=rank, operation="Buffer()")
+
+
+def _unless_error(key: Any, of: int, rank: int) -> tuple[str, str, int]:
+    """The key of a rank; raise what went wrong there."""
+    if isinstance(key, CapacityError):
+        if of == rank:
+            raise key
+        what = f"rank {of} cannot take part: {key.what}"
+        raise PeerLostError(what, remedy=key.remedy, rank=rank, operation="Buffer()", peers=[of])
+    found: tuple[str, str, int] = key
+    return found
