@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -97,11 +98,11 @@ def shrink(core: Core, check: Checker, rest: Rest | None, renormalise: bool, tim
     """Agree with the other survivors; what to build anew."""
     _demand_transport(core, "shrink")
     group, place, numbers = _whereabouts(core, rest)
+    wait_s = _deadline("timeout_s", timeout_s, check.config.timeout_s, group.rank)
     core.abort("it shrinks")  # whoever waits in an operation hears that it is over
     failure = core.failure
     blamed = () if failure is None or isinstance(failure, AbortedError) else failure.peers
     suspects = [peer for peer in blamed if peer != group.rank]
-    wait_s = check.config.timeout_s if timeout_s is None else timeout_s
     here = meet(rendezvous(group.rank, group.size, suspects, address=_address(group)), group.board(place), wait_s)
     if group.rank not in here:
         raise _came_too_late(group.rank, "shrink", here)
@@ -131,7 +132,7 @@ def take_in(
     seat = numbers[group.rank]
     invitation = json.dumps(told | asdict(seats), sort_keys=True)
     board = group.board(f"join/{name}")
-    wait_s = check.config.timeout_s if timeout_s is None else timeout_s
+    wait_s = _deadline("timeout_s", timeout_s, check.config.timeout_s, group.rank)
     number, members = meet(admit(seat, seats, invitation, _address(group)), board, wait_s)
     if seat not in members:
         raise _came_too_late(group.rank, "admit", members)
@@ -156,7 +157,7 @@ def join(store: Any, name: str, wait_s: float | None, signature: Signature, argu
         told["mine"] = _the_same(told, given)
         return Seats(told["size"], told["offered"], told["empty"])
 
-    wait_s = _env.timeout_s() if wait_s is None else wait_s
+    wait_s = _deadline("wait_s", wait_s, _env.timeout_s(), None)
     arrived = meet(arrive(secrets.token_hex(8), _address(alone), accept), alone.board(f"join/{name}"), wait_s)
     if arrived is None:
         what, remedy = f"nobody took this process in within {wait_s:g} s", f"call admit(name={name!r}) on the others"
@@ -202,6 +203,16 @@ def _demand_transport(core: Core, to: str) -> None:
             remedy="build a new Buffer in a process group without the dead rank",
             rank=rank,
         )
+
+
+def _deadline(name: str, given: Any, default: float, rank: int | None) -> float:
+    """The deadline that was given, or the default."""
+    if given is None:
+        return default
+    if not isinstance(given, (int, float)) or isinstance(given, bool) or not 0 < given < math.inf:
+        expected, remedy = "a positive number of seconds", f"correct {name}, or leave it out"
+        raise ConfigError(f"{name} is no deadline", got=repr(given), expected=expected, remedy=remedy, rank=rank)
+    return float(given)
 
 
 def _whereabouts(core: Core, rest: Rest | None) -> tuple[Group, str, Sequence[int]]:

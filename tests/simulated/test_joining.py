@@ -249,6 +249,8 @@ def test_a_process_takes_the_place_of_a_dead_one(nursery: Nursery) -> None:
 def test_what_cannot_join_is_told_so() -> None:
     with pytest.raises(ConfigError, match="this is no store: got str"):
         moecomm.Buffer.join("tcp://host", **SHAPE)
+    with pytest.raises(ConfigError, match="wait_s is no deadline: got -1; expected a positive number of seconds"):
+        moecomm.Buffer.join(dist.HashStore(), wait_s=-1, **SHAPE)
     with pytest.raises(ConfigError, match=r"these are no arguments of Buffer\(\): got .*colour"):
         moecomm.Buffer.join(dist.HashStore(), colour="red", **SHAPE)
     with pytest.raises(StallError, match=r"nobody took this process in within 0.01 s.*admit\(name="):
@@ -275,3 +277,13 @@ def test_who_has_least_takes_an_expert_over() -> None:
     assert placement.held_by([1, 2, 3]) == [[3, 0], [4, 1], [2]]
     assert placement.held_by([0, 3]) == [[0, 1, 2], []]
     assert placement.held_by([3]) == [[2]]
+
+
+def test_a_deadline_that_is_none_is_refused_and_nobody_notices() -> None:
+    def run(group: Group) -> None:
+        buffer = moecomm.Buffer(group, **SHAPE, dtype=torch.float32)
+        with pytest.raises(ConfigError, match="timeout_s is no deadline: got 'soon'"):
+            buffer.shrink(timeout_s="soon")  # type: ignore[arg-type]
+        step(buffer, group.rank, set())
+
+    results_of(simulate(run, 2, seed=1))
