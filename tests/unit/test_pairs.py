@@ -73,6 +73,8 @@ def without_store(rank: int) -> tuple[str, tuple[int, ...]] | None:
     buffer = moecomm.Buffer(topology=Topology((0, 0, 1, 2)), transport="hierarchical", timeout_s=2.0, **sizes)
     x, topk_idx = torch.ones(8, 8), torch.tensor([[0, 1], [2, 3]]).repeat(4, 1)
     buffer.dispatch(x, topk_idx)
+    sent = {name: buffer.stats()[name] for name in ("rows_between", "bytes_between", "blocks")}
+    assert sent == {"rows_between": 8, "bytes_between": 8 * 32, "blocks": 1}, "each token once to each other node"
     group, error = Group.resolve(), None
     with mock.patch.object(Bulletin, "_ask", lambda self, ask, otherwise, timeout_s=0.0: otherwise):
         if rank != 3:
