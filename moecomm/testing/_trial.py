@@ -24,6 +24,7 @@ from moecomm.testing.provenance import provenance_rows
 _DELAY_S = 0.0005  # longer than a signal takes, shorter than an operation
 _REPLAY_ROUND = 50  # payloads of replays come from rounds far from those of dispatches
 _POISON_BYTE = 255  # NaN in every floating dtype
+_ROUNDINGS = 5  # of a term of a gradient: times its weight, the three of `_expert`, one where it goes home
 
 
 class Checks:
@@ -36,8 +37,8 @@ class Checks:
     def bitwise(self, actual: Tensor, expected: Tensor, what: str, origin: Callable[[int], str] | None = None) -> None:
         self._take(lambda: assert_bitwise(actual, expected, what, origin))
 
-    def bounded(self, actual: Tensor, baseline: Tensor, exact: Tensor, magnitude: Tensor, what: str) -> None:
-        self._take(lambda: assert_error_bounded(actual, baseline, exact, what, magnitude=magnitude))
+    def bounded(self, actual: Tensor, baseline: Tensor, exact: Tensor, what: str, **given: Any) -> None:
+        self._take(lambda: assert_error_bounded(actual, baseline, exact, what, **given))
 
     def equal(self, actual: object, expected: object, what: str) -> None:
         self.count += 1
@@ -234,8 +235,10 @@ class Trial:
         names = ("x", "topk_weights") if weights is not None else ("x",)
         alone = functools.partial(_gradients_in_one_process, self.case, self.world_size, self.rank, round)
         exact, magnitude, plain = alone(torch.float64), alone(torch.float64, True), alone(self.case.dtype)
+        roundings = _ROUNDINGS + (self.case.top_k if self.case.dtype == torch.float32 else 1)  # where it is added
         for i, (name, actual) in enumerate(zip(names, (d_x, *d_weights), strict=True)):
-            self.checks.bounded(actual, plain[i], exact[i], magnitude[i], f"{what} of {name}")
+            given = {"magnitude": magnitude[i], "roundings": roundings}
+            self.checks.bounded(actual, plain[i], exact[i], f"{what} of {name}", **given)
         self._backward_of_dispatch(round, sheet)
 
     def _backward_of_dispatch(self, round: int, sheet: Sheet) -> None:

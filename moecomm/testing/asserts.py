@@ -83,6 +83,7 @@ def assert_error_bounded(
     *,
     factor: float = 2.0,
     magnitude: Tensor | None = None,
+    roundings: int = 1,
 ) -> None:
     """Demand that `actual` is about as exact as a plain computation in the same dtype.
 
@@ -92,6 +93,10 @@ def assert_error_bounded(
     error is taken relative to that of its own element, so that no element is hidden behind a larger one, and where
     terms cancel a rounding costs what it costs them. Where `exact` is not finite, `actual` must be the same.
 
+    What `roundings` of a term can cost at worst, half a spacing each, is no fault either, however exact the baseline
+    is: of few elements it may be so by luck. (For the mean of m errors: what they cost on average, the square root of a
+    third of their number, and of the worst case one part in the square root of m.)
+
     Args:
         actual: floating, what the library gave.
         baseline: floating, the same sum computed plainly in the same dtype.
@@ -99,6 +104,7 @@ def assert_error_bounded(
         what: the thing compared, first words of the message.
         factor: how many times the baseline's error is allowed.
         magnitude: float64, for each element the sum of the magnitudes of its terms; None: compare absolute errors.
+        roundings: to which a term is subject before it is added.
 
     Raises:
         AssertionError: a shape differs or an error is too large; the message has the error, its bound and the worst
@@ -136,9 +142,10 @@ def assert_error_bounded(
         errors, baseline_errors, rounded = errors / scale, baseline_errors / scale, torch.ones_like(scale)
     half_spacing = torch.finfo(actual.dtype).eps / 2
     kind = "error" if magnitude is None else "relative error"
-    for name, reduce in (("max", Tensor.max), ("mean", Tensor.mean)):
+    on_average = (roundings / 3) ** 0.5 + roundings / errors.numel() ** 0.5
+    for name, reduce, worth in (("max", Tensor.max, float(roundings)), ("mean", Tensor.mean, on_average)):
         error, floor = float(reduce(errors)), half_spacing * float(reduce(rounded))
-        bound = factor * max(float(reduce(baseline_errors)), floor)
+        bound = max(factor * max(float(reduce(baseline_errors)), floor), worth * floor)
         if not error <= bound:
             worst = tuple(finite.nonzero()[int(errors.argmax())].tolist())
             raise AssertionError(
