@@ -24,6 +24,10 @@ from typing import NamedTuple
 
 FREE, WRITTEN, SENT, THERE, READ, RELEASED = range(6)
 Step = tuple[str, int]
+TURNS = {  # what becomes of every byte, operation * 8 + stage, when one stage is the next
+    (old, new): bytes(byte - old + new if byte % 8 == old else byte for byte in range(256))
+    for old, new in ((WRITTEN, SENT), (SENT, THERE), (WRITTEN, THERE), (READ, RELEASED), (RELEASED, FREE), (READ, FREE))
+}
 
 
 def everybody(source: int, destination: int, operation: int) -> bool:
@@ -178,7 +182,8 @@ class Model:
         if all(at == len(steps) for at in rank[2:]):  # a stream runs one kernel after another
             rank = bytearray([rank[0] + 1] + [0] * (width - 1))
             state = self.turn(self.turn(state, r, r, WRITTEN, THERE), r, r, READ, FREE)
-        return state._replace(ranks=state.ranks[: r * width] + bytes(rank) + state.ranks[(r + 1) * width :])
+        ranks = state.ranks[: r * width] + bytes(rank) + state.ranks[(r + 1) * width :]
+        return State(ranks, state.signals, state.data)
 
     def some(self, q: int) -> range:
         return range(self.protocol.world) if q < 0 else range(q, q + 1)
@@ -238,13 +243,11 @@ class Model:
         """Move all data between two ranks from one stage to the next."""
         if self.protocol.relaxed:
             return state
-        per_pair = self.protocol.generations * self.protocol.programs
         first = self.place(receiver, source, 0, 0)
-        data = bytearray(state.data)
-        for place in range(first, first + per_pair):
-            if data[place] % 8 == old:
-                data[place] += new - old
-        return state._replace(data=bytes(data))
+        last = first + self.protocol.generations * self.protocol.programs
+        data = state.data
+        moved = data[first:last].translate(TURNS[old, new])
+        return state if moved == data[first:last] else State(state.ranks, state.signals, data[:first] + moved + data[last:])
 
     def read(self, state: State, r: int, i: int, n: int, sources: range) -> State:
         data = bytearray(state.data)
