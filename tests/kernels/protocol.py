@@ -247,7 +247,11 @@ class Model:
         last = first + self.protocol.generations * self.protocol.programs
         data = state.data
         moved = data[first:last].translate(TURNS[old, new])
-        return state if moved == data[first:last] else State(state.ranks, state.signals, data[:first] + moved + data[last:])
+        return (
+            state
+            if moved == data[first:last]
+            else State(state.ranks, state.signals, data[:first] + moved + data[last:])
+        )
 
     def read(self, state: State, r: int, i: int, n: int, sources: range) -> State:
         data = bytearray(state.data)
