@@ -78,7 +78,7 @@ class PaddedOperations:
         core.check_usable()
         spec = spec_of(quant, self._check)
         payloads, num_tokens = self._payloads(x)
-        if spec is not None:
+        if spec is not None and core.dtype not in FLOAT_DTYPES:
             refuse_encoding(payloads, self._check)
         idx, weights = self._routing(num_tokens, topk_idx, topk_weights, handle)
         kinds, tag = self._kinds_of(payloads, spec)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm import _quant_jit
 from moecomm._compiled import compiled
 from moecomm.core import Core
 from moecomm.padded import _jit
@@ -52,6 +53,10 @@ class SlotMover(Mover):
         self._send = [self._send_table(index) for index in range(2)]
         self._receive = [self._receive_table(index) for index in range(2)]
         self._views: dict[object, list[Tensor]] = {}
+        self._starts = [area.data_ptr() for area in slots.areas]
+        self._forms: dict[QuantSpec, str | None] = {}
+        self._staged: dict[QuantSpec, tuple[list[Tensor], list[int]]] = {}
+        self._encoded_now: Sequence[Tensor] = ()
         self._plain_kinds: Kinds = ((core.dtype, (hidden,)),)
 
     def _send_table(self, index: int) -> np.ndarray:
@@ -80,6 +85,28 @@ class SlotMover(Mover):
         words[Receive.TOTAL] = self._total.data_ptr()
         return words
 
+    def _form(self, spec: QuantSpec) -> str | None:
+        """What `_quant_jit` calls that format, or None if it has no loops for it, or for rows of this buffer."""
+        if spec not in self._forms:
+            jit, dtype = compiled("moecomm._rows_jit"), self._core.dtype
+            known = spec.format != "logfmt10" and jit is not None and jit.supports(FLOATS[dtype])
+            self._forms[spec] = None if not known else "int8" if spec.format == "int8" else spec.scales
+        return self._forms[spec]
+
+    def _encoded(self, g: Generation, rows: Tensor, spec: QuantSpec) -> list[int]:
+        """Addresses of codes and scales, in memory that is used again, for they are sent at once."""
+        form = self._form(spec)
+        if form is None:
+            self._encoded_now = encoded((rows,), spec)  # until they are sent
+            return [part.data_ptr() for part in self._encoded_now]
+        if spec not in self._staged:
+            made = [torch.empty(self._max_tokens, *row, dtype=dtype, device="cpu") for dtype, row in g.kinds]
+            self._staged[spec] = made, [part.data_ptr() for part in made]
+        addresses = self._staged[spec][1]
+        kernel = _quant_jit.encode_kernel(FLOATS[self._core.dtype], form)
+        kernel(g.num_tokens, rows.data_ptr(), self._hidden, *addresses)
+        return addresses
+
     # -- out ------------------------------------------------------------------------------------------------------
 
     def check(self, topk_idx_TK: Tensor) -> tuple[int, bool] | None:
@@ -103,14 +130,17 @@ class SlotMover(Mover):
         tag: str,
         spec: QuantSpec | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        payloads = encoded(payloads, spec)
+        if spec is not None and len(payloads) == 1:
+            sources = self._encoded(g, payloads[0], spec)
+        else:
+            sources = [payload.data_ptr() for payload in payloads]
         words, offset, row_bytes_of_all = self._send[g.index], 0, 0
-        words[Send.TOKENS], words[Send.PAYLOADS] = g.num_tokens, len(payloads)
+        words[Send.TOKENS], words[Send.PAYLOADS] = g.num_tokens, len(sources)
         words[Send.IDX] = topk_idx_TK.data_ptr()
         words[Send.WEIGHTS] = (self._ones if topk_weights_TK is None else topk_weights_TK).data_ptr()
-        for number, (payload, kind) in enumerate(zip(payloads, g.kinds, strict=True)):
+        for number, (source, kind) in enumerate(zip(sources, g.kinds, strict=True)):
             row_bytes, at = _row_bytes(kind), Send.FIRST_PAYLOAD + 3 * number
-            words[at], words[at + 1], words[at + 2] = payload.data_ptr(), row_bytes, offset
+            words[at], words[at + 1], words[at + 2] = source, row_bytes, offset
             offset += _aligned(self._most_rows * row_bytes)
             row_bytes_of_all += row_bytes
         _jit.send_kernel(8 * topk_idx_TK.element_size())(words.ctypes.data)
@@ -166,7 +196,14 @@ class SlotMover(Mover):
     def lead_home(self, g: Generation, rows: Tensor, spec: QuantSpec | None, number: int, tag: str) -> Kinds:
         kinds = self._plain_kinds if spec is None else spec.kinds(self._hidden)
         areas = self.home_rows(g, kinds)
-        if spec is not None:
+        form = None if spec is None else self._form(spec)
+        if form is not None:
+            shape = self._local, self._world, self._per_expert
+            kernel = _quant_jit.encode_runs_kernel(FLOATS[self._core.dtype], form)
+            ranges, start = int(self._receive[g.index][Receive.RANGES]), int(self._starts[2 + g.index])
+            scales = start + _aligned(self._most_rows * _row_bytes(kinds[0]))
+            kernel(rows.data_ptr(), self._hidden, start, scales, ranges, *shape)
+        elif spec is not None:
             encode_home(g, rows, spec, areas)
         elif rows.data_ptr() != areas[0].data_ptr():
             self._copy_runs(g, areas[0].data_ptr(), rows.data_ptr(), _row_bytes(kinds[0]))
@@ -187,7 +224,10 @@ class SlotMover(Mover):
         self._slots.wait(Wave.HOME, number, tag)
         if not g.num_tokens:
             return
-        if len(kinds) > 1:
+        homes, came = self._kept[g.index][3], out_TH.dtype
+        if len(kinds) > 1 and kinds[0][0] != torch.uint8:
+            homes, came = self._decoded_at(g, kinds), torch.float32
+        elif len(kinds) > 1:
             rows = self._decoded(g, kinds)
             table = torch.arange(len(rows), device="cpu").view(g.num_tokens, -1)
             reduce_rows(
@@ -198,16 +238,31 @@ class SlotMover(Mover):
         assert jit is not None
         by_entry = None if weights_TK is None else "entry"
         of_bias = None if bias is None else FLOATS[bias.dtype]
-        dtype = FLOATS[out_TH.dtype]
-        kernel = jit.reduce_kernel(dtype, dtype, of_bias, 64, by_entry, False)
+        kernel = jit.reduce_kernel(FLOATS[came], FLOATS[out_TH.dtype], of_bias, 64, by_entry, False)
         k, row_bytes = self._top_k, self._hidden * out_TH.element_size()
         bad = kernel(
             *(0, g.num_tokens, out_TH.data_ptr(), row_bytes, 0, 1, _EVERYWHERE, self._hidden),
-            *(self._kept[g.index][3].data_ptr(), 8 * k, k),
+            *(homes.data_ptr(), 8 * k, k),
             *(0 if weights_TK is None else weights_TK.data_ptr(), 4 * k),
             *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * bias.element_size())),
         )
         assert bad < 0, f"token {bad} has a row that lies nowhere"
+
+    def _decoded_at(self, g: Generation, kinds: Kinds) -> Tensor:
+        """(M, K) int64 addresses of float32 rows: those of this rank's entries, decoded; -1 for none."""
+        if "decoded" not in self._views:
+            shape = self._max_tokens, self._top_k
+            rows = torch.empty(*shape, self._hidden, dtype=torch.float32, device="cpu")
+            self._views["decoded"] = [rows, torch.full(shape, -1, dtype=torch.int64, device="cpu")]
+        rows, homes = self._views["decoded"]
+        words, (code, scale) = self._send[g.index], kinds
+        form = "int8" if code[0] == torch.int8 else "ue8m0" if scale[0] == torch.float8_e8m0fnu else "float32"
+        _quant_jit.decode_kernel(form)(
+            *(g.num_tokens * self._top_k, int(words[Send.IDX_KEPT]), int(words[Send.PLACES])),
+            *(int(words[Send.FLAT_OF_EXPERT]), int(words[Send.RANK_OF_FLAT]), int(words[Send.HOME_AREAS])),
+            *(_aligned(self._most_rows * _row_bytes(code)), self._hidden, rows.data_ptr(), homes.data_ptr()),
+        )
+        return homes
 
     def _decoded(self, g: Generation, kinds: Kinds) -> Tensor:
         """(T * K, H) float32 rows of this rank's entries, decoded; those of no expert are anything."""

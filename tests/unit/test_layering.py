@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "_compiled",
             "_jit",
             "_rows_jit",
+            "_quant_jit",
             "_tags_jit",
             "rows",
         ),

@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moecomm
-from moecomm.quant import QuantSpec, error_bound
+from moecomm.quant import QuantSpec, dequantize, error_bound, quantize
 from moecomm.testing import assert_bitwise
+from moecomm.transport.base import as_bytes
 
 T, H, K, E, M = 5, 256, 2, 4, 8
 
@@ -64,27 +65,30 @@ def spans(out: moecomm.Dispatched) -> Tensor:
     return torch.cat([out.x[e, a:b] for e, of_rank in enumerate(out.ranges.tolist()) for a, b in of_rank])
 
 
-def step(buffer: moecomm.Buffer, given: tuple[Tensor, Tensor, Tensor], y: Tensor) -> None:
-    out = buffer.dispatch(*given, layout="padded")
-    buffer.combine(buffer.combine_input(out.handle), out.handle, out=y)
+def step(
+    buffer: moecomm.Buffer, given: tuple[Tensor, Tensor, Tensor], y: Tensor, quant: str | QuantSpec | None = None
+) -> None:
+    out = buffer.dispatch(*given, layout="padded", quant=quant)
+    buffer.combine(buffer.combine_input(out.handle), out.handle, out=y, quant=quant)
 
 
-def test_torch_calls_on_the_hot_path() -> None:
+@pytest.mark.parametrize("quant", [None, "fp8", QuantSpec(scales="ue8m0"), "int8"], ids=str)
+def test_torch_calls_on_the_hot_path(quant: str | QuantSpec | None) -> None:
     """At most 25 calls from Python per operation; no operator at all, so no allocation and nothing to wait for."""
     with make_buffer() as buffer, torch.no_grad():
         given, y = inputs(), torch.empty(T, H)
         for _ in range(3):
-            step(buffer, given, y)
+            step(buffer, given, y, quant)
         with Functions() as out_calls:
-            out = buffer.dispatch(*given, layout="padded")
+            out = buffer.dispatch(*given, layout="padded", quant=quant)
         rows = buffer.combine_input(out.handle)
         with Functions() as home_calls:
-            buffer.combine(rows, out.handle, out=y)
+            buffer.combine(rows, out.handle, out=y, quant=quant)
         assert 0 < len(out_calls.names) <= 25, out_calls.names
         assert 0 < len(home_calls.names) <= 25, home_calls.names
         with Operators() as seen:
             for _ in range(4):
-                step(buffer, given, y)
+                step(buffer, given, y, quant)
         assert not seen.names, seen.names
         with Operators() as seen:  # the counter counts
             buffer.combine(rows.clone(), buffer.dispatch(*given, layout="padded").handle)
@@ -230,3 +234,37 @@ def test_one_graph_with_the_whole_step() -> None:
             x = inputs(seed)[0]
             assert_bitwise(compiled(x), layer(x), f"step {seed}")
         torch._dynamo.reset()
+
+
+FORMS = {"float32": QuantSpec(), "power_of_two": QuantSpec(scales="power_of_two"), "int8": QuantSpec(format="int8")}
+FORMS["ue8m0"] = QuantSpec(scales="ue8m0")
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden", [1, 130, 384])
+def test_machine_code_that_quantises(form: str, dtype: torch.dtype, hidden: int) -> None:
+    """The bits of `moecomm.quant`, both ways: heavy tails, all exponents, NaN, infinities, zeros, subnormal numbers."""
+    jit = pytest.importorskip("moecomm._quant_jit", reason="llvmlite is not installed")
+    generator = torch.Generator().manual_seed(hidden)
+    most = 14 if dtype == torch.float16 else 126
+    octaves = torch.randint(-most, most, (40, 1), generator=generator)
+    x = torch.ldexp(torch.randn(40, hidden, generator=generator) * torch.logspace(0, -3, hidden), octaves).to(dtype)
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1e-42, torch.finfo(dtype).max)):
+        x[row, row % 2 * -1] = value
+        x[row + 7] = value
+    codes, scales = quantize(x, FORMS[form])
+    area = torch.zeros(codes.numel() + scales.numel() * scales.element_size() + 64, dtype=torch.uint8)
+    offset, name = codes.numel(), str(dtype).removeprefix("torch.")
+    jit.encode_kernel(name, form)(40, x.data_ptr(), hidden, area.data_ptr(), area.data_ptr() + offset)
+    wanted = torch.cat([as_bytes(part).flatten() for part in (codes, scales)])
+    assert_bitwise(area[: len(wanted)], wanted, "codes and scales")
+    zero, areas, out = torch.zeros(1, dtype=torch.int64), torch.tensor([area.data_ptr()]), torch.zeros(40, hidden)
+    places, homes = torch.arange(39, -1, -1, dtype=torch.int32), torch.zeros(40, dtype=torch.int64)
+    places[3] = -1
+    tables = torch.zeros(40, dtype=torch.int64), places, zero, zero, areas
+    jit.decode_kernel(form)(40, *(t.data_ptr() for t in tables), offset, hidden, out.data_ptr(), homes.data_ptr())
+    decoded = dequantize(codes, scales, torch.float32, hidden).flip(0)
+    decoded[3] = 0.0
+    assert_bitwise(out, decoded, "decoded rows")
+    assert homes[3] == -1 and homes[4] == out[4].data_ptr()
