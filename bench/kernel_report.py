@@ -27,8 +27,8 @@ hide:
 # What the kernels become
 
 Compiled ahead of time by `make kernel-report` with Triton {triton}; no GPU is needed. The launches are those of the
-wrappers in `kernels/`, at the shapes named; shapes beyond the first are shown for one target, and held to the same by
-`tests/kernels/test_compile.py` on all.
+wrappers in `kernels/`, at the shapes named; shapes beyond the first are shown for one target. No page is written if a
+kernel spills, has a stack frame, accesses a row in less than 16 bytes, or fuses a product; on any target, at any shape.
 
 * *registers* per thread; *spills* are instructions that move a register to memory and back; *shared* memory in bytes
   per program, *stack* in bytes per thread.
@@ -38,6 +38,7 @@ wrappers in `kernels/`, at the shapes named; shapes beyond the first are shown f
   and sums are those of which a division is made, and no others are allowed.
 """
 SHOWN_TARGET = "sm_90"
+ROWLESS = ("dispatch: layout", "barrier: signal", "barrier: wait", "padded: receive", "padded: return")
 NOTE = "sums read one row per entry or rank"
 
 
@@ -56,10 +57,45 @@ def collect(shapes: list[str] | None = None, targets: list[str] | None = None, w
     from moecomm.kernels import aot
 
     names = shapes or [shape.name for shape in aot.SHAPES]
-    wanted = [(name, target) for name in names for target in (targets or list(aot.TARGETS))]
+    return collect_jobs([(name, target) for name in names for target in (targets or list(aot.TARGETS))], workers)
+
+
+def collect_jobs(jobs: list[tuple[str, str]], workers: int | None = None) -> Any:
+    """Records of all kernels at pairs of shape and target."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers or min(len(wanted), os.cpu_count() or 1), mp_context=spawn) as pool:
-        return [record for records in pool.map(compile_all, wanted) for record in records]
+    with ProcessPoolExecutor(workers or min(len(jobs), os.cpu_count() or 1), mp_context=spawn) as pool:
+        return [record for records in pool.map(compile_all, jobs) for record in records]
+
+
+def where(record: dict[str, Any]) -> str:
+    return f"{record['kernel']} at {record['shape']} on {record['target']}"
+
+
+def complaints(record: dict[str, Any]) -> list[str]:
+    """What no kernel may do, wherever it runs."""
+    from moecomm.kernels import aot
+
+    found = []
+    if record["spilled"] or record["stack_bytes"]:
+        found.append(f"{record['spilled']} spills, {record['stack_bytes']} bytes of stack")
+    if record["shared_bytes"] > aot.SHARED_LIMIT_BYTES[record["target"]]:
+        found.append(f"{record['shared_bytes']} bytes of shared memory")
+    narrow = [access for access in record["row_widths"] if access[1] < 16]
+    if narrow:
+        found.append(f"narrow row accesses: {narrow}")
+    if not record["row_widths"] and record["kernel"] not in ROWLESS:
+        found.append("no access to a row was recognised")
+    if record["fused"] or record["flushes"]:
+        found.append(f"{record['fused']} fused multiply-adds, {record['flushes']} flushes of subnormal numbers")
+    return [f"{where(record)}: {text}" for text in found]
+
+
+def quick_jobs() -> list[tuple[str, str]]:
+    """Shape and target of what the tests compile: the first shape for all targets, and each target at one more."""
+    from moecomm.kernels import aot
+
+    first, *others = (shape.name for shape in aot.SHAPES)
+    return [(first, target) for target in aot.TARGETS] + list(zip(others * 2, aot.TARGETS, strict=True))
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -106,13 +142,19 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", help="names of shapes; default: all")
     parser.add_argument("--targets", nargs="*", help="names of targets; default: all")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    parser.add_argument("--quick", action="store_true", help="each target at two shapes only")
     given = parser.parse_args()
     if "TRITON_INTERPRET" in os.environ:
         sys.exit("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    records = collect(given.shapes, given.targets, given.workers)
+    if given.quick:
+        records = collect_jobs(quick_jobs(), given.workers)
+    else:
+        records = collect(given.shapes, given.targets, given.workers)
     if given.records is not None:
         given.records.write_text(json.dumps(records), encoding="utf-8")
         return
+    if problems := [problem for record in records for problem in complaints(record)]:
+        sys.exit("\n".join(problems))
     PAGE.write_text(page(records), encoding="utf-8")
     print(f"{len(records)} kernels compiled; wrote {PAGE.relative_to(ROOT)}")
 
