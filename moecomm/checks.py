@@ -234,7 +234,7 @@ def _device(device: Any) -> torch.device:
         raise ConfigError(what, got=got, expected=expected, remedy=remedy) from None
 
 
-def bad_id(token: int, k: int, got: int, num_experts: int, rank: int) -> RoutingError:
+def bad_id(token: int, k: int, got: int | str, num_experts: int, rank: int) -> RoutingError:
     """The error of an expert id that is out of range."""
     return RoutingError(
         f"topk_idx[{token}, {k}] names no expert",

@@ -284,7 +284,8 @@ class FusedOperations:
         if bad is not None:
             transport.link.status[int(BAD_ID)] = 0
             token, k, got = bad
-            error = bad_id(token, k, got, self.tables.placement.num_experts, transport.group.rank)
+            shown = {2**31 - 1: f"{got} or more", -(2**31): f"{got} or less"}.get(got, got)  # kernels note 32 bits
+            error = bad_id(token, k, shown, self.tables.placement.num_experts, transport.group.rank)
             error.harmless = True
             raise error
 
