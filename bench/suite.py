@@ -31,6 +31,7 @@ RESULTS = BENCH / "results"
 TIMES, LAYER, MEMORY = "bench_dispatch_combine.py", "bench_moe_layer.py", "bench_memory.py"
 DECODE, DEEP_EP, CHECK = "bench_decode.py", "bench_deep_ep.py", "bench_check.py"
 SHAPE = "--hidden 7168 --experts 64 --top-k 8"
+SHAPE_OF_NODES = "--hidden 4096 --experts 64 --top-k 8"
 SHAPE_OF_SCALING = "--hidden 2048 --experts 64 --top-k 8"
 # (launcher, ranks, script, name of the results, options)
 RUNS: list[tuple[str, int, str, str, str]] = [
@@ -50,6 +51,7 @@ RUNS: list[tuple[str, int, str, str, str]] = [
     ("python", 1, TIMES, "tiny", "--preset tiny --tokens 128"),
     ("torchrun", 2, TIMES, "tiny", "--preset tiny --tokens 128 --skew zipf:1,ratio:2,hot:1"),
     ("mpiexec", 2, TIMES, "tiny_mpi", "--preset tiny --tokens 16,128,1024 --transport auto,mpi"),
+    *(("mpiexec", n, TIMES, "mpi", f"{SHAPE_OF_NODES} --tokens 512 --repeats 12 --transport mpi") for n in (4, 2)),
     ("torchrun", 2, DECODE, "decode", "--repeats 10 --warmup 2"),
     ("torchrun", 4, DECODE, "decode", "--repeats 8 --warmup 2"),
     ("torchrun", 2, LAYER, "moe_layer", "--preset tiny --tokens 128,1024"),
@@ -60,6 +62,7 @@ RUNS: list[tuple[str, int, str, str, str]] = [
 ]
 ROOT = BENCH.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/benchmarks.md"]
+PAGE_OF_MPI = ROOT / "docs/design/mpi.md"
 
 
 def command(launcher: str, ranks: int, script: str, name: str, options: str) -> list[str]:
@@ -96,7 +99,9 @@ def reports() -> list[list[str]]:
     plots = [*curves[:1], table, "--formats", "svg", "--plots", str(ROOT / "docs/assets/bench")]
     page = ["--html", str(ROOT / "docs/assets/bench/report.html")]
     scaling = [*report, str(RESULTS / "scaling.json"), "--kind", "scaling", "--into", str(PAGES[1])]
-    return [[*report, table, "--into", *map(str, PAGES)], scaling, [*report, *plots], [*report, *everything, *page]]
+    mpi = [*report, str(RESULTS / "mpi.json"), "--into", str(PAGE_OF_MPI)]
+    readme = [*report, table, "--into", *map(str, PAGES)]
+    return [readme, mpi, scaling, [*report, *plots], [*report, *everything, *page]]
 
 
 def main() -> None:
