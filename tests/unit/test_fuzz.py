@@ -117,7 +117,9 @@ def test_any_order_of_calls() -> None:
     for _ in range(30):
         buffer, out = moecomm.Buffer(**SHAPE), None
         for _ in range(8):
-            call = pick.choice(["dispatch", "combine", "replay", "close", "abort", "shrink", "stats", "explain"])
+            call = pick.choice(
+                ["dispatch", "combine", "replay", "close", "abort", "shrink", "admit", "stats", "explain"]
+            )
             try:
                 if call == "dispatch":
                     out = buffer.dispatch(X, IDX)
@@ -125,7 +127,7 @@ def test_any_order_of_calls() -> None:
                     buffer.combine(out.x, out.handle)
                 elif call == "replay" and out is not None:
                     buffer.dispatch(X, handle=out.handle)
-                elif call in ("close", "abort", "shrink", "stats", "explain"):
+                elif call in ("close", "abort", "shrink", "admit", "stats", "explain"):
                     getattr(buffer, call)()
             except moecomm.MoECommError as error:
                 assert str(error)
