@@ -26,6 +26,7 @@ import torch
 
 import moecomm
 from moecomm.errors import MoECommError
+from tests.faults import _table
 from tests.faults._scenes import loop, tokens_of
 
 TIMEOUT_S = 2.0
@@ -286,7 +287,7 @@ def act(world: World, event: str, buffer: moecomm.Buffer) -> None:
 def cell(event: str, world: World) -> tuple[str, float, str, str]:
     """As `tests.faults.test_table.scene`, over MPI."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    printed, buffer = io.StringIO(), world.buffer()
+    printed, buffer = io.StringIO(), world.buffer(_table.timeout_s(event))
     world.step(buffer)
     world.meet("ready")
 

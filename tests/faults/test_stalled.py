@@ -20,7 +20,7 @@ from moecomm.group import Group
 from tests.faults._ranks import Nursery, Scenes, SideBySide, World, results_of
 from tests.faults._scenes import TRANSPORTS, Caught, build, catch, patience, right_step, tokens_of
 
-TIMEOUT_S = 1.5
+TIMEOUT_S = 3.0  # all ranks must get as far as building a buffer within it, several scenes at a time
 ROLL_CALL_S = 3.5  # on collective, to find out who is missing; the machine may be busy
 
 

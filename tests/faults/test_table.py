@@ -29,9 +29,9 @@ PROCESSES = [name for name in _table.TRANSPORTS if name not in ("simulated", "mp
 SLACK = 20.0  # the machine may be busy: a bound of the table is for one that is not
 
 
-def build_for(transport: str) -> moecomm.Buffer:
+def build_for(transport: str, event: str) -> moecomm.Buffer:
     nodes = moecomm.Topology((0, 0, 1)) if transport == "hierarchical" else None
-    return build(transport, timeout_s=_table.TIMEOUT_S, topology=nodes)
+    return build(transport, timeout_s=_table.timeout_s(event), topology=nodes)
 
 
 def cut_connections(world: World) -> None:
@@ -80,7 +80,7 @@ def act(world: World, transport: str, event: str, buffer: moecomm.Buffer) -> Non
 def scene(world: World, transport: str, event: str) -> tuple[str, float, str, str]:
     """The loop on one rank: what it raised, how long after the event, what the buffer says then, what was printed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    printed, buffer = io.StringIO(), build_for(transport)
+    printed, buffer = io.StringIO(), build_for(transport, event)
     right_step(buffer, world)
     world.meet("ready")
 
