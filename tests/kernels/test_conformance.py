@@ -104,7 +104,7 @@ def test_named_case(pool_of: Callable[[int], RankPool], world_size: int, name: s
 
 @pytest.mark.timeout(DEADLINE_S + 30)
 def test_many_rounds(pool_of: Callable[[int], RankPool]) -> None:
-    demand(pool_of(2).run(run_in_turn_on_rank, small("tiny_hidden"), 4 * ROUNDS), 2, 1)
+    demand(pool_of(2).run(run_in_turn_on_rank, small("tiny_hidden"), 2 * ROUNDS), 2, 1)
 
 
 @pytest.mark.timeout(DEADLINE_S + 30)
