@@ -324,9 +324,9 @@ def main() -> None:
         os.waitpid(child, 0)
         os._exit(0)
     os.setsid()
-    faulthandler.dump_traceback_later(100, exit=True)
     torch.set_num_threads(1)
     for name in sys.argv[1].split(","):
+        faulthandler.dump_traceback_later(100, exit=True)
         what, _, event = name.partition(":")
         scenario = functools.partial(cell, event) if what == "cell" else globals()[name]
         world = World(Path(sys.argv[2]), name)

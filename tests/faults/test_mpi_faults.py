@@ -17,7 +17,7 @@ from tests.faults._ranks import Outcome
 from tests.faults._scenes import patience
 from tests.faults.test_table import judge
 
-pytestmark = [pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing()), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing()), pytest.mark.timeout(400)]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[i
     @functools.cache
     def printed() -> str:
         scenarios = ",".join((*TOGETHER, *CELLS, "breaks_off"))
-        return run_mpi(["-m", "tests.faults._mpi_ranks", scenarios, str(folder)], 3, timeout_s=150).stdout
+        return run_mpi(["-m", "tests.faults._mpi_ranks", scenarios, str(folder)], 3, timeout_s=350).stdout
 
     return lambda scenario: said(scenario, 3, folder, printed())
 
