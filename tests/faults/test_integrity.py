@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -47,6 +48,8 @@ def swap(world: World, reduce: str) -> list[str]:
                 told.append("nothing")
             except moecomm.CorruptionError as error:
                 told.append(error.operation or "")
+                if error.evidence:
+                    Path(error.evidence).unlink()
         world.meet(f"told {way}")
         buffer.close()
     return told
