@@ -14,13 +14,15 @@ from moecomm.testing.mpi import mpi_missing, run_mpi
 SUITE = Path(__file__).with_name("test_conformance.py")
 LARGE = Path(__file__).with_name("_large_payload.py")
 NUM_RANDOM = 4
+ROUNDS = 4  # each layout and way to reduce once, and one of them after the others
 SIZES = "4+3,1+2,2"  # one start for all: two groups of two share the cases
 
 
 @functools.cache
 def output() -> str:
     """What the job prints: a line of each group."""
-    arguments = ["-m", "mpi4py", str(SUITE), "--transport", "mpi", "--random", str(NUM_RANDOM), "--sizes", SIZES]
+    options = ["--transport", "mpi", "--random", str(NUM_RANDOM), "--rounds", str(ROUNDS), "--sizes", SIZES]
+    arguments = ["-m", "mpi4py", str(SUITE), *options]
     done = run_mpi(arguments, 4, timeout_s=840)
     assert done.returncode == 0, done.stdout
     return done.stdout
