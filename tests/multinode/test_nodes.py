@@ -106,8 +106,8 @@ def test_launcher(cluster: Cluster, tmp_path: Path, launcher: str) -> None:
         assert killed["peers"] == [DYING] and killed["kind"] in ("StallError", "PeerLostError"), killed
         assert killed["took_s"] < 30.0 + 10.0, killed
     after_s = {rank: of_rank["cut"]["after_s"] for rank, of_rank in told.items()}
-    print(after_s)
-    assert max(after_s.values()) < patience(TIMEOUT_S), after_s
+    # A wait that was under way has so long from its own start, and one that begins after the cut from there.
+    assert max(after_s.values()) < patience(TIMEOUT_S + 1.0), after_s
 
 
 def interfaces() -> list[str]:
