@@ -227,6 +227,7 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 def _give_up(name: str, args: argparse.Namespace, rank: int, kept: list[Measurement], text: str) -> NoReturn:
     """Say what happened and end at once: a peer may be gone, so no clean-up must wait for one."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who is told to end now is ending, and says why
     if text:
         partial = ""
         if rank == 0 and kept:
