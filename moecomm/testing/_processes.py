@@ -30,7 +30,7 @@ _LIBRARIES = "LD DYLD PYTHON OMP KMP GOMP MKL OPENBLAS MALLOC GLIBC TORCH PYTORC
 _READ_AT_START = tuple(_LIBRARIES.split())
 CAN_FORK = sys.platform == "linux"  # elsewhere system libraries do not stand a fork without an exec
 _READY = b"ready"
-_MAX_WARM = 4  # the one that was used least recently ends
+_MAX_WARM = 4  # of those without ranks the one that was used least recently ends
 # Imported in the warm process if whoever starts it has them: functions of a test module need pytest, and so on.
 _OPTIONAL = ("pytest", "hypothesis", "triton", "torch._dynamo", "matplotlib.figure", "moecomm.testing.conformance")
 _WARM_CASES = ("plain", "float16_payload", "float32_payload", "quantised_pair")
@@ -142,6 +142,7 @@ class _Forked:
         _kill_group(self.pid)
         with contextlib.suppress(EOFError, OSError):  # without its parent nobody has to wait for it
             self._warm.ask(_Reap(self.pid))
+        self._warm.ranks.discard(self.pid)
 
 
 class _Warm:
@@ -161,13 +162,16 @@ class _Warm:
                 start_new_session=True,  # it is not interrupted from a keyboard, and ends with its launcher
             )
         self.can_fork = bool(self.connection.recv_bytes() == _READY)
+        self.ranks: set[int] = set()  # forked and not yet waited for
 
     @property
     def usable(self) -> bool:
         return self.owner == os.getpid() and (self.popen.poll() is None or not self.can_fork)
 
     def fork(self, rank: int, connection: int, log: int, env: dict[str, str]) -> _Forked:
-        return _Forked(self, self.ask(_Fork(rank, env, list(sys.path)), [connection, log]))
+        pid = self.ask(_Fork(rank, env, list(sys.path)), [connection, log])
+        self.ranks.add(pid)
+        return _Forked(self, pid)
 
     def ask(self, request: _Fork | _Look | _Reap, descriptors: list[int] | None = None) -> Any:
         with self._lock:
@@ -196,8 +200,9 @@ def _warm(env: Mapping[str, str], preload: tuple[str, ...]) -> _Warm:
             warm.close()
             warm = None
         if warm is None:
-            while len(_all_warm) >= _MAX_WARM:
-                _all_warm.pop(next(iter(_all_warm))).close()
+            idle = [other for other, kept in _all_warm.items() if not kept.ranks]
+            for other in idle[: max(0, len(_all_warm) - _MAX_WARM + 1)]:
+                _all_warm.pop(other).close()
             warm = _Warm(env, preload)
         _all_warm[key] = warm
         return warm

@@ -45,8 +45,9 @@ NODES = {
     "in_turn": (0, 1, 0, 1),
 }
 FLAT = [(1, "local", None), *((w, t, None) for w in (1, 2, 3, 4) for t in ("symmetric", "collective"))]
-# Every case on two nodes of two ranks and on one arrangement more, in turn: all of them on all take minutes, and are
-# run by hand with `torchrun ... test_conformance.py --transport hierarchical --nodes 0,1,1,1`.
+# Every case on two nodes of two ranks and on one arrangement more, in turn, in fewer rounds: all of them on all take
+# minutes, and are run by hand with `torchrun ... test_conformance.py --transport hierarchical --nodes 0,1,1,1`.
+ROUNDS_ON_NODES = 4  # each layout and way to reduce once, and one of them after the others
 OTHERS = [nodes for nodes in NODES if nodes != "2x2"]
 # All runs of a case follow each other: ranks keep what the oracle said of it.
 RUNS = [
@@ -63,7 +64,8 @@ def run_on_rank(rank: int, transport: str, case: Case, rounds: int) -> list[Conf
 def run_in_turn_on_rank(rank: int, transport: str, case: Case, nodes: str | None) -> list[ConformanceResult]:
     topology = None if nodes is None else Topology(NODES[nodes])
     with mock.patch.object(moecomm, "Buffer", functools.partial(moecomm.Buffer, topology=topology)):
-        return run_in_turn(None, transport, [case], rounds=ROUNDS, timeout_s=TIMEOUT_S)
+        rounds = ROUNDS if nodes is None else ROUNDS_ON_NODES
+        return run_in_turn(None, transport, [case], rounds=rounds, timeout_s=TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 from collections.abc import Callable
@@ -22,8 +23,10 @@ def little_space() -> None:
 
 def few_descriptors(more: int) -> Callable[[], None]:
     def limit() -> None:
-        used = max(map(int, os.listdir("/proc/self/fd")))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, used + more))
+        taken = {number for number in range(1024) if os.path.exists(f"/proc/self/fd/{number}")}
+        free = (number for number in range(1024) if number not in taken)
+        border = next(itertools.islice(free, more, None))  # `more` of them lie below it, in gaps too
+        resource.setrlimit(resource.RLIMIT_NOFILE, (border, border))
 
     return limit
 

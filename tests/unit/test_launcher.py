@@ -250,6 +250,15 @@ def test_a_dead_warm_process_is_replaced() -> None:
     assert run_ranks(origin, 1, "FLAVOUR", backend=None)[0][0] != plain[0]
 
 
+def test_a_warm_process_with_ranks_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many environments come after it."""
+    monkeypatch.setattr(_processes, "_MAX_WARM", 1)
+    with RankPool(1, backend=None) as pool:
+        (before,) = pool.run(origin, "FLAVOUR")
+        (other,) = run_ranks(origin, 1, "FLAVOUR", backend=None, env={"OMP_WAIT_POLICY": "passive"})
+        assert other[0] != before[0] and pool.run(origin, "FLAVOUR") == [before]
+
+
 def test_functions_of_a_script_run(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
