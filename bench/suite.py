@@ -56,7 +56,7 @@ RUNS: list[tuple[str, int, str, str, str]] = [
     ("torchrun", 4, DECODE, "decode", "--repeats 8 --warmup 2"),
     ("torchrun", 2, LAYER, "moe_layer", "--preset tiny --tokens 128,1024"),
     ("torchrun", 4, LAYER, "moe_layer", "--preset tiny --tokens 128"),
-    ("torchrun", 4, DEEP_EP, "deep_ep", "--tokens 128 --repeats 20 --warmup 4"),
+    ("torchrun", 4, DEEP_EP, "deep_ep", "--tokens 128 --repeats 80 --warmup 4"),
     ("torchrun", 4, CHECK, "check", "--tokens 1024 --repeats 10 --warmup 2"),
     ("torchrun", 4, MEMORY, "memory.txt", "--tokens 256 --hidden 1024 --experts 64 --top-k 8 --iterations 1000"),
 ]
