@@ -79,8 +79,18 @@ def slots_bytes(wire: Wire, area_bytes: int) -> int:
 def _sizes(wire: Wire, area_bytes: int) -> tuple[int, int, int]:
     """Bytes of an area, of a table of counts, and of a line of signal words."""
     sizes = area_bytes, 4 * wire.world * wire.counts_width, 8 * wire.world
-    area, counts, line = (-(-size // _AREA_BYTES) * _AREA_BYTES for size in sizes)
+    area, counts, line = map(_rounded, sizes)
     return area, counts, line
+
+
+def _rounded(num_bytes: int) -> int:
+    return -(-num_bytes // _AREA_BYTES) * _AREA_BYTES
+
+
+def split_areas(memory: Tensor, area_bytes: int) -> list[Tensor]:
+    """The areas out 0, out 1, home 0 and home 1 in one rank's memory."""
+    starts = [number * _rounded(area_bytes) for number in range(4)]
+    return [memory[start : start + area_bytes] for start in starts]
 
 
 def slot_links(bases: Sequence[int], wire: Wire, area_bytes: int, like: Link) -> list[Link]:

@@ -6,6 +6,7 @@ per rank; row `s * M + slot` of a local expert is the slot-th that source rank s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,35 @@ from torch import Tensor
 
 from moecomm.handle import Pending
 from moecomm.quant import QuantSpec, quantize
-from moecomm.transport.base import as_bytes
+from moecomm.transport.base import SLOT_ALIGN_BYTES, as_bytes
 
 # The dtype and the shape of one row of each payload.
-Kinds = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+Kind = tuple[torch.dtype, tuple[int, ...]]
+Kinds = tuple[Kind, ...]
+
+
+def bytes_of_row(kind: Kind) -> int:
+    """Bytes of one row."""
+    dtype, shape = kind
+    return dtype.itemsize * math.prod(shape)
+
+
+def bytes_of_rows(num_rows: int, kind: Kind) -> int:
+    """Bytes of rows in an area, up to where those of the next kind begin."""
+    return -(-num_rows * bytes_of_row(kind) // SLOT_ALIGN_BYTES) * SLOT_ALIGN_BYTES
+
+
+def rows_in(area: Tensor, kinds: Kinds, local: int, per_expert: int, most_rows: int) -> list[Tensor]:
+    """(L, W * M, ...) views of an area as rows of those kinds, one behind the other.
+
+    most_rows: for how many there is room before the next kind, the same on every rank.
+    """
+    views, start = [], 0
+    for kind in kinds:
+        rows = area[start : start + local * per_expert * bytes_of_row(kind)].view(kind[0])
+        views.append(rows.view(local, per_expert, *kind[1]))
+        start += bytes_of_rows(most_rows, kind)
+    return views
 
 
 @dataclass(eq=False, slots=True)

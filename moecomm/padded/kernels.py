@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, final
@@ -13,9 +12,9 @@ from torch import Tensor
 from moecomm.core import Core
 from moecomm.errors import CapacityError, StaleHandleError, UnsupportedError
 from moecomm.fused import FusedOperations
-from moecomm.padded.generation import Generation, Kinds, Mover
+from moecomm.padded.generation import Generation, Kinds, Mover, rows_in
 from moecomm.quant import QuantSpec, quantize
-from moecomm.transport.base import SLOT_ALIGN_BYTES, as_bytes
+from moecomm.transport.base import as_bytes
 
 _SCALES = {"float32": 1, "power_of_two": 2, "ue8m0": 3}  # as `kernels.slots` numbers them
 _INT8 = 4
@@ -35,12 +34,12 @@ class KernelMover(Mover):
         self._most_rows = max(placement.experts_per_rank) * self._per_expert
         self._slots: list[Any] = []
         self._free: list[Any] = []
-        self._memory: Tensor | None = None
+        self._areas: list[Tensor] = []
         self._views: dict[object, list[Tensor]] = {}
         core.fused.padded_notes = self._check_notes
 
     def _reserve(self) -> None:
-        from moecomm.kernels.slots import make_slots, slot_links, slots_bytes
+        from moecomm.kernels.slots import make_slots, slot_links, slots_bytes, split_areas
 
         transport, tables = self._transport, self._core.tables
         if transport.copies is not None:
@@ -51,7 +50,7 @@ class KernelMover(Mover):
         experts = torch.arange(tables.placement.num_experts, device=tables.device)
         rank, local = tables.rank_of_expert(experts), tables.local_of_flat[tables.flat_of_expert[experts]]
         self._slots = make_slots(links, rank.to(torch.int32), local.to(torch.int32).contiguous(), transport.wire)
-        self._free, self._memory = links[4:], memory.tensor
+        self._free, self._areas = links[4:], split_areas(memory.tensor, self._area_bytes)
 
     def _refusal(self, what: str, remedy: str) -> UnsupportedError:
         error = UnsupportedError(what, remedy=remedy, rank=self._core.rank)
@@ -132,14 +131,7 @@ class KernelMover(Mover):
         """Views of an area of this rank as rows of those kinds, one behind the other."""
         key = area, kinds
         if key not in self._views:
-            assert self._memory is not None
-            start, views = self._memory.storage_offset() + area * _rounded(self._area_bytes, 256), []
-            for dtype, shape in kinds:
-                row_bytes = dtype.itemsize * math.prod(shape)
-                rows = self._memory[start : start + self._local * self._per_expert * row_bytes].view(dtype)
-                views.append(rows.view(self._local, self._per_expert, *shape))
-                start += _rounded(self._most_rows * row_bytes, SLOT_ALIGN_BYTES)
-            self._views[key] = views
+            self._views[key] = rows_in(self._areas[area], kinds, self._local, self._per_expert, self._most_rows)
         return self._views[key]
 
     # -- home -----------------------------------------------------------------------------------------------------
@@ -258,7 +250,3 @@ class KernelMover(Mover):
         return (
             self._slots[0].totals.clone() if self._slots else torch.zeros(self._local, dtype=torch.int64, device=device)
         )
-
-
-def _rounded(num_bytes: int, multiple: int) -> int:
-    return -(-num_bytes // multiple) * multiple

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moecomm.core import Core
 from moecomm.operations import Parcel, Route, contiguous_lane, finish_out, out_parcels, send
-from moecomm.padded.generation import Generation, Kinds, Mover, encode_home, encoded
+from moecomm.padded.generation import Generation, Kinds, Mover, bytes_of_row, encode_home, encoded
 from moecomm.plan import first_bad_entry, plan_send, settle
 from moecomm.quant import QuantSpec, dequantize
 from moecomm.rows import copy_rows, empty_rows, reduce_rows
@@ -118,13 +118,13 @@ class LaneMover(Mover):
     def _rows_in(self, area: int, kinds: Kinds) -> list[Tensor]:
         """Tensors of those kinds, one behind the other, that are made once."""
         views = []
-        for number, (dtype, shape) in enumerate(kinds):
-            row_bytes = dtype.itemsize * int(np.prod(shape))
+        for number, kind in enumerate(kinds):
+            row_bytes = bytes_of_row(kind)
             key = area, number, row_bytes
             if key not in self._areas:
                 device = self._core.tables.device
                 self._areas[key] = empty_rows(self._local * self._per_expert, row_bytes, torch.uint8, device)
-            views.append(self._areas[key].view(dtype).view(self._local, self._per_expert, *shape))
+            views.append(self._areas[key].view(kind[0]).view(self._local, self._per_expert, *kind[1]))
         return views
 
     # -- home -----------------------------------------------------------------------------------------------------
@@ -138,14 +138,15 @@ class LaneMover(Mover):
         if spec is not None:
             payloads = self.home_rows(g, spec.kinds(self._hidden))
             encode_home(g, rows, spec, payloads)
-        lanes = [contiguous_lane(trip.route.moved_WW.T, self._core.rank, _row_bytes(part)) for part in payloads]
+        kinds = tuple((part.dtype, tuple(part.shape[2:])) for part in payloads)
+        lanes = [contiguous_lane(trip.route.moved_WW.T, self._core.rank, bytes_of_row(kind)) for kind in kinds]
         homes = None if self._core.integrity is None else trip.route.order_S // trip.route.top_k
         parcels = [
             Parcel(lane, part.flatten(0, 1), trip.recv_rows, homes=homes)
             for lane, part in zip(lanes, payloads, strict=True)
         ]
         trip.home = send(self._core, tag, parcels)
-        return tuple((part.dtype, tuple(part.shape[2:])) for part in payloads)
+        return kinds
 
     def sum_home(
         self,
@@ -172,7 +173,3 @@ class LaneMover(Mover):
     @property
     def rows_of_expert(self) -> Tensor:
         return self._total.clone()
-
-
-def _row_bytes(part: Tensor) -> int:
-    return part.element_size() * int(np.prod(part.shape[2:]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import final
 
@@ -15,10 +14,19 @@ from moecomm._compiled import compiled
 from moecomm.core import Core
 from moecomm.padded import _jit
 from moecomm.padded._jit import TOO_MANY, Receive, Send
-from moecomm.padded.generation import Generation, Kinds, Mover, encode_home, encoded
+from moecomm.padded.generation import (
+    Generation,
+    Kinds,
+    Mover,
+    bytes_of_row,
+    bytes_of_rows,
+    encode_home,
+    encoded,
+    rows_in,
+)
 from moecomm.quant import QuantSpec, dequantize
 from moecomm.rows import FLOATS, reduce_rows
-from moecomm.transport.base import SLOT_ALIGN_BYTES, PaddedSlots, Wave
+from moecomm.transport.base import PaddedSlots, Wave
 
 _EVERYWHERE = 1 << 62  # as many "rows" of one byte: for kernels that are given addresses instead of row numbers
 
@@ -32,7 +40,6 @@ class SlotMover(Mover):
         placement, rank = core.tables.placement, core.rank
         self._world, self._local = placement.num_ranks, placement.experts_per_rank[rank]
         self._per_expert, self._hidden = placement.num_ranks * max_tokens, hidden
-        self._rows = self._local * self._per_expert
         self._most_rows = max(placement.experts_per_rank) * self._per_expert
         self._max_tokens, self._top_k, self._experts = max_tokens, top_k, placement.num_experts
         host: dict[str, object] = {"device": "cpu"}
@@ -139,9 +146,9 @@ class SlotMover(Mover):
         words[Send.IDX] = topk_idx_TK.data_ptr()
         words[Send.WEIGHTS] = (self._ones if topk_weights_TK is None else topk_weights_TK).data_ptr()
         for number, (source, kind) in enumerate(zip(sources, g.kinds, strict=True)):
-            row_bytes, at = _row_bytes(kind), Send.FIRST_PAYLOAD + 3 * number
+            row_bytes, at = bytes_of_row(kind), Send.FIRST_PAYLOAD + 3 * number
             words[at], words[at + 1], words[at + 2] = source, row_bytes, offset
-            offset += _aligned(self._most_rows * row_bytes)
+            offset += bytes_of_rows(self._most_rows, kind)
             row_bytes_of_all += row_bytes
         _jit.send_kernel(8 * topk_idx_TK.element_size())(words.ctypes.data)
         self._slots.post(Wave.OUT, g.number, tag, self._counts[g.index])
@@ -161,7 +168,7 @@ class SlotMover(Mover):
         arrived = self._rows_in(g.index, g.kinds)
         if out is not None:
             for rows, target, kind in zip(arrived, out, g.kinds, strict=True):
-                self._copy_runs(g, target.data_ptr(), rows.data_ptr(), _row_bytes(kind))
+                self._copy_runs(g, target.data_ptr(), rows.data_ptr(), bytes_of_row(kind))
         return arrived if out is None else out, self._ranges[g.index], self._tokens[g.index]
 
     def _copy_runs(self, g: Generation, out: int, rows: int, row_bytes: int) -> None:
@@ -172,13 +179,8 @@ class SlotMover(Mover):
         """Views of an area of this rank as rows of those kinds, one behind the other."""
         key = area, kinds
         if key not in self._views:
-            views, offset = [], 0
-            for dtype, shape in kinds:
-                row_bytes = _row_bytes((dtype, shape))
-                rows = self._slots.areas[area][offset : offset + self._rows * row_bytes].view(dtype)
-                views.append(rows.view(self._local, self._per_expert, *shape))
-                offset += _aligned(self._most_rows * row_bytes)
-            self._views[key] = views
+            shape = self._local, self._per_expert
+            self._views[key] = rows_in(self._slots.areas[area], kinds, *shape, self._most_rows)
         return self._views[key]
 
     def _count(self, sent: int, here: int, row_bytes: int) -> None:
@@ -201,14 +203,14 @@ class SlotMover(Mover):
             shape = self._local, self._world, self._per_expert
             kernel = _quant_jit.encode_runs_kernel(FLOATS[self._core.dtype], form)
             ranges, start = int(self._receive[g.index][Receive.RANGES]), int(self._starts[2 + g.index])
-            scales = start + _aligned(self._most_rows * _row_bytes(kinds[0]))
+            scales = start + bytes_of_rows(self._most_rows, kinds[0])
             kernel(rows.data_ptr(), self._hidden, start, scales, ranges, *shape)
         elif spec is not None:
             encode_home(g, rows, spec, areas)
         elif rows.data_ptr() != areas[0].data_ptr():
-            self._copy_runs(g, areas[0].data_ptr(), rows.data_ptr(), _row_bytes(kinds[0]))
+            self._copy_runs(g, areas[0].data_ptr(), rows.data_ptr(), bytes_of_row(kinds[0]))
         self._slots.post(Wave.HOME, number, tag)
-        self._count(int(g.trip), int(self._send[g.index][Send.SENT_HERE]), sum(map(_row_bytes, kinds)))
+        self._count(int(g.trip), int(self._send[g.index][Send.SENT_HERE]), sum(map(bytes_of_row, kinds)))
         return kinds
 
     def sum_home(
@@ -260,7 +262,7 @@ class SlotMover(Mover):
         _quant_jit.decode_kernel(form)(
             *(g.num_tokens * self._top_k, int(words[Send.IDX_KEPT]), int(words[Send.PLACES])),
             *(int(words[Send.FLAT_OF_EXPERT]), int(words[Send.RANK_OF_FLAT]), int(words[Send.HOME_AREAS])),
-            *(_aligned(self._most_rows * _row_bytes(code)), self._hidden, rows.data_ptr(), homes.data_ptr()),
+            *(bytes_of_rows(self._most_rows, code), self._hidden, rows.data_ptr(), homes.data_ptr()),
         )
         return homes
 
@@ -271,16 +273,16 @@ class SlotMover(Mover):
         areas = torch.from_numpy(self._slots.addresses[2 + g.index])[ranks]
         jit, parts, offset = compiled("moecomm._rows_jit"), [], 0
         assert jit is not None
-        for dtype, shape in kinds:
-            row_bytes = _row_bytes((dtype, shape))
+        for kind in kinds:
+            row_bytes = bytes_of_row(kind)
             part = torch.zeros(idx.numel(), row_bytes, dtype=torch.uint8, device="cpu")
             sources = torch.where(places < 0, -1, areas + offset + places.long() * row_bytes).view(-1)
             kernel = jit.copy_kernel(64, 0, False)
             kernel(
                 0, len(part), part.data_ptr(), row_bytes, len(part), 0, 1, _EVERYWHERE, row_bytes, sources.data_ptr(), 0
             )
-            parts.append(part.view(dtype).view(len(part), *shape))
-            offset += _aligned(self._most_rows * row_bytes)
+            parts.append(part.view(kind[0]).view(len(part), *kind[1]))
+            offset += bytes_of_rows(self._most_rows, kind)
         return dequantize(parts[0], parts[1], torch.float32, self._hidden)
 
     def free(self, g: Generation, tag: str) -> None:
@@ -292,12 +294,3 @@ class SlotMover(Mover):
     @property
     def rows_of_expert(self) -> Tensor:
         return self._total.clone()
-
-
-def _row_bytes(kind: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    dtype, shape = kind
-    return dtype.itemsize * math.prod(shape)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // SLOT_ALIGN_BYTES) * SLOT_ALIGN_BYTES
