@@ -7,15 +7,12 @@ one dies, and what the survivors do is to be seen here. What came of a rank is a
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import functools
-import io
 import os
 import pickle
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +24,7 @@ import torch
 import moecomm
 from moecomm.errors import MoECommError
 from tests.faults import _table
-from tests.faults._scenes import loop, tokens_of
+from tests.faults._scenes import VICTIM, happen, play
 
 TIMEOUT_S = 2.0
 
@@ -262,59 +259,30 @@ class Slept(Exception):
 def act(world: World, event: str, buffer: moecomm.Buffer) -> None:
     """What rank 1 does in the middle of round 3."""
     world.leave(f"{world.scenario}.happened", repr(time.monotonic()).encode())
-    if event == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
     if event == "hung":
-        world.wait_for("over", *(rank for rank in range(world.size) if rank != 1))
+        world.wait_for("over", *(rank for rank in range(world.size) if rank != VICTIM))
         raise Slept
     if event == "cut":
         from mpi4py import MPI
 
         transport: Any = buffer._core.transport
         transport._types[buffer.config.row_bytes] = MPI.DATATYPE_NULL
-    if event == "disagree":
-        buffer.dispatch(*tokens_of(world.rank), align=2)
     if event == "memory":
         mock.patch("moecomm.operations.out_parcels", side_effect=MemoryError("out of memory")).start()
-    if event == "exception":
-        raise ValueError("a mistake between dispatch and combine")
-    if event == "interrupt":
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()  # when it waits for the others
-    if event == "abort":
-        buffer.abort("enough")
+    happen(event, buffer)
 
 
 def cell(event: str, world: World) -> tuple[str, float, str, str]:
     """As `tests.faults.test_table.scene`, over MPI."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    printed, buffer = io.StringIO(), world.buffer(_table.timeout_s(event))
+    buffer = world.buffer(_table.timeout_s(event))
     world.step(buffer)
     world.meet("ready")
-
-    def between(round: int) -> None:
-        if round == 3 and world.rank == 1:
-            act(world, event, buffer)
-        elif round == 3 and event == "interrupt":
-            time.sleep(1.0)
-
-    kind = ""
-    with contextlib.redirect_stderr(printed):
-        try:
-            with buffer:
-                loop(buffer, world.rank, between)
-        except BaseException as error:
-            kind = type(error).__name__
-            seconds = time.monotonic() - float((world.folder / f"{world.scenario}.happened").read_text())
-    mock.patch.stopall()
-    try:
-        buffer.dispatch(*tokens_of(world.rank))
-        after = "it went on"
-    except MoECommError as error:
-        after = str(error)
+    kind, ended, after, printed = play(buffer, event, lambda: act(world, event, buffer))
+    seconds = ended - float((world.folder / f"{world.scenario}.happened").read_text())
     world.mark("over")
     if event == "killed":
-        world.wait_for("over", *(rank for rank in range(world.size) if rank != 1))
-    return kind, seconds, after, printed.getvalue()
+        world.wait_for("over", *(rank for rank in range(world.size) if rank != VICTIM))
+    return kind, seconds, after, printed
 
 
 def main() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +22,7 @@ from tests.faults._ranks import AT_ONCE, World
 
 E, H, K, M = 6, 16, 2, 8
 TRANSPORTS = ("symmetric", "collective")
+VICTIM = 1  # the rank to which something happens
 
 
 def patience(seconds: float) -> float:
@@ -99,3 +105,47 @@ def loop(buffer: moecomm.Buffer, rank: int, between: Callable[[int], None] = lam
         out: Any = buffer.dispatch(x, topk_idx, weights)
         between(round)
         buffer.combine(out.x, out.handle)
+
+
+def happen(event: str, buffer: moecomm.Buffer) -> None:
+    """What happens to a rank by itself, of the events of the failure table."""
+    if event == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "disagree":
+        buffer.dispatch(*tokens_of(buffer.group.rank), align=2)
+    if event == "exception":
+        raise ValueError("a mistake between dispatch and combine")
+    if event == "interrupt":
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()  # when it waits for the others
+    if event == "abort":
+        buffer.abort("enough")
+
+
+def play(buffer: moecomm.Buffer, event: str, act: Callable[[], None]) -> tuple[str, float, str, str]:
+    """The loop on one rank, in whose third round the victim acts.
+
+    What it raised, when by the monotonic clock, what the buffer says then, what was printed.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    printed, rank = io.StringIO(), buffer.group.rank
+
+    def between(round: int) -> None:
+        if round == 3 and rank == VICTIM:
+            act()
+        elif round == 3 and event == "interrupt":
+            time.sleep(1.0)
+
+    kind = ""
+    with contextlib.redirect_stderr(printed):
+        try:
+            with buffer:
+                loop(buffer, rank, between)
+        except BaseException as error:
+            kind, text, ended = type(error).__name__, str(error), time.monotonic()
+    mock.patch.stopall()
+    try:
+        buffer.dispatch(*tokens_of(rank))
+        after = "it went on"
+    except moecomm.MoECommError as error:
+        after = f"{error} (it had raised: {text})"
+    return kind, ended, after, printed.getvalue()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
-import signal
 import socket
 import threading
 import time
@@ -21,10 +19,9 @@ import moecomm
 from moecomm.testing.simulated import Faults, Outcome, simulate
 from tests.faults import _table
 from tests.faults._ranks import Nursery, SideBySide, World
-from tests.faults._scenes import E, H, K, M, build, loop, right_step, tokens_of
+from tests.faults._scenes import VICTIM, E, H, K, M, build, happen, loop, play, right_step, tokens_of
 
 ROOT = Path(__file__).resolve().parents[2]
-VICTIM = 1
 PROCESSES = [name for name in _table.TRANSPORTS if name not in ("simulated", "mpi")]  # for mpi: test_mpi_faults.py
 SLACK = 20.0  # the machine may be busy: a bound of the table is for one that is not
 
@@ -54,57 +51,29 @@ def run_out(world: World) -> None:
     operations.out_parcels = fail  # type: ignore[assignment]  # this process ends soon
 
 
-def act(world: World, transport: str, event: str, buffer: moecomm.Buffer) -> None:
+def act(world: World, event: str, buffer: moecomm.Buffer) -> None:
     """What the victim does in the middle of round 3."""
     world.store.set("happened", repr(time.monotonic()))
-    if event == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
     if event == "hung":
         for rank in (0, 2):
             world.store.get(f"over/{rank}")  # they give up, and this rank never comes back
         os._exit(0)
     if event == "cut":
         cut_connections(world)
-    if event == "disagree":
-        buffer.dispatch(*tokens_of(world.rank), align=2)
     if event == "memory":
         run_out(world)
-    if event == "exception":
-        raise ValueError("a mistake between dispatch and combine")
-    if event == "interrupt":
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()  # when it waits for the others
-    if event == "abort":
-        buffer.abort("enough")
+    happen(event, buffer)
 
 
 def scene(world: World, transport: str, event: str) -> tuple[str, float, str, str]:
     """The loop on one rank: what it raised, how long after the event, what the buffer says then, what was printed."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    printed, buffer = io.StringIO(), build_for(transport, event)
+    buffer = build_for(transport, event)
     right_step(buffer, world)
     world.meet("ready")
-
-    def between(round: int) -> None:
-        if round == 3 and world.rank == VICTIM:
-            act(world, transport, event, buffer)
-        elif round == 3 and event == "interrupt":
-            time.sleep(1.0)
-
-    kind = ""
-    with contextlib.redirect_stderr(printed):
-        try:
-            with buffer:
-                loop(buffer, world.rank, between)
-        except BaseException as error:
-            kind, text = type(error).__name__, str(error)
-            seconds = time.monotonic() - float(world.store.get("happened"))
-    try:
-        buffer.dispatch(*tokens_of(world.rank))
-        after = "it went on"
-    except moecomm.MoECommError as error:
-        after = f"{error} (it had raised: {text})"
+    kind, ended, after, printed = play(buffer, event, lambda: act(world, event, buffer))
+    seconds = ended - float(world.store.get("happened"))
     world.mark("over")
-    return kind, seconds, after, printed.getvalue()
+    return kind, seconds, after, printed
 
 
 def judge(transport: str, event: str, outcomes: list[Any]) -> None:
