@@ -24,6 +24,9 @@ STAMP := $(VENV)/.moecomm-$(EXTRAS)
 # One process per rank, one thread per process, and a free port.
 TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone
 
+# Hundreds of processes import moecomm: where bytecode may not be kept, each compiles all of it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check docs format bench kernel-report gpu-check wheel soak clean
 

@@ -11,13 +11,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from moecomm import autograd, integrity, membership, traced
+from moecomm import autograd, membership, traced
 from moecomm.calls import Calls
 from moecomm.checks import BufferConfig, Checker, agree, configure
 from moecomm.core import Core
 from moecomm.errors import MoECommError
 from moecomm.footprint import count_bytes, explain, kernel_shape, memory_plan, plan_memory, with_kernels
-from moecomm.fused import FusedOperations
 from moecomm.group import Group
 from moecomm.handle import Dispatched, DispatchHandle, PaddedHandle, Pending
 from moecomm.metrics import Stats
@@ -26,7 +25,6 @@ from moecomm.plan import PlacementTables
 from moecomm.quant import QuantSpec
 from moecomm.topology import Topology
 from moecomm.transport import build, select
-from moecomm.transport._symmetric_device import KernelTransport
 from moecomm.transport.base import NUM_AREAS, TransportOptions
 
 _DEFAULT_TIMEOUT_S = 60.0  # to tell the others of arguments that have none
@@ -126,10 +124,7 @@ class Buffer:
             reduce=reduce,
             dtype=dtype,
         )
-        if isinstance(self._core.transport, KernelTransport):
-            self._core.fused = FusedOperations(self._core.transport, self._core.tables)
-        self._check = Checker(self.config, self._group.rank, self._id, ids_on_device=self._core.fused is not None)
-        integrity.attach(self._core, self.config.check)
+        self._check = Checker(self.config, self._group.rank, self._id, ids_on_device=self._core.transport.is_fused)
         self._calls = Calls(self._core, self._check)
         autograd.CORES[self._id] = self._core
 

@@ -30,6 +30,14 @@ class Calls:
 
     def __init__(self, core: Core, check: Checker) -> None:
         self._core, self._check = core, check
+        if core.transport.is_fused:
+            from moecomm import fused
+
+            fused.attach(core)
+        if check.config.check != "off":
+            from moecomm import integrity
+
+            integrity.attach(core, check.config.check)
         self.padded = core.padded = PaddedOperations(core, check)
         self.survivors: Survivors | None = None  # once the buffer shrank
 

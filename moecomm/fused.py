@@ -30,6 +30,12 @@ from moecomm.transport._symmetric_device import KernelTransport
 from moecomm.transport.base import as_bytes
 
 
+def attach(core: Core) -> None:
+    """Let the kernels of a buffer's transport do whole operations."""
+    assert isinstance(core.transport, KernelTransport)
+    core.fused = FusedOperations(core.transport, core.tables)
+
+
 @final
 class FusedOperations:
     """What `operations` hands over to where the transport moves rows by kernels."""

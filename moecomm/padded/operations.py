@@ -20,8 +20,6 @@ from moecomm.errors import CapacityError, ConfigError, RoutingError, StaleHandle
 from moecomm.footprint import slot_bytes
 from moecomm.handle import Dispatched, PaddedHandle, Pending
 from moecomm.padded.generation import Generation, Kinds, Mover
-from moecomm.padded.kernels import KernelMover
-from moecomm.padded.lanes import LaneMover
 from moecomm.quant import QuantSpec
 from moecomm.rows import empty_rows
 
@@ -40,8 +38,12 @@ def _mover(core: Core, config: BufferConfig) -> Mover:
     """Kernels where they move rows; slots where ranks share memory and loops can be compiled; else lanes."""
     max_tokens, top_k, hidden = config.max_tokens_per_rank, config.top_k, config.hidden
     if core.fused is not None:
+        from moecomm.padded.kernels import KernelMover
+
         return KernelMover(core, slot_bytes(config, core.tables.placement.num_ranks), max_tokens, hidden)
     if core.integrity is not None or core.transport.padded_slots is None or compiled("moecomm.padded._jit") is None:
+        from moecomm.padded.lanes import LaneMover
+
         return LaneMover(core, max_tokens, top_k, hidden)
     from moecomm.padded.slots import SlotMover
 

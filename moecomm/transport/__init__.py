@@ -1,8 +1,10 @@
-"""The transports, and how one of them is chosen."""
+"""The transports, and how one of them is chosen. Their modules are loaded when the first buffer asks them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 
 import torch
 
@@ -10,29 +12,20 @@ from moecomm.errors import ConfigError, UnsupportedError
 from moecomm.group import Group
 from moecomm.memory.device import moves_by_kernels
 from moecomm.topology import Topology
-from moecomm.transport._symmetric_device import KernelTransport
 from moecomm.transport.base import Support, Transport, TransportOptions
-from moecomm.transport.collective import CollectiveTransport
-from moecomm.transport.hierarchical import HierarchicalTransport
-from moecomm.transport.local import LocalTransport
-from moecomm.transport.mpi import MpiTransport
-from moecomm.transport.symmetric import SymmetricTransport
 
 # In the order in which "auto" asks them: the fewest copies first. A group is one of MPI or of torch.distributed, so
 # of the last two only one can ever work.
-TRANSPORTS: dict[str, type[Transport]] = {
-    cls.name: cls
-    for cls in (LocalTransport, SymmetricTransport, HierarchicalTransport, MpiTransport, CollectiveTransport)
-}
+TRANSPORTS = ("local", "symmetric", "hierarchical", "mpi", "collective")
+_FLAT = ("mpi", "collective")  # those that may move rows between nodes
 _PATIENCE_S = 8.0  # what a transport between nodes takes after its deadline to find out who is missing
-FLAT: tuple[type[Transport], ...] = (MpiTransport, CollectiveTransport)  # those that may move rows between nodes
 
 
 def select(
     name: str, group: Group, topology: Topology, device: torch.device
 ) -> tuple[type[Transport], dict[str, Support]]:
     """Choose a transport: the named one, or for "auto" the first that works; and what each of them answered."""
-    known = {group.transport.name: group.transport} if group.transport is not None else TRANSPORTS
+    known = _known() if group.transport is None else {group.transport.name: group.transport}
     if name != "auto" and name not in known:
         expected = f"auto or one of {tuple(known)}"
         remedy = "correct this argument, or MOECOMM_TRANSPORT"
@@ -51,16 +44,26 @@ def select(
 
 def ask(group: Group, topology: Topology, device: torch.device) -> dict[str, Support]:
     """What each transport answers, in the order of "auto"."""
-    return {key: _answer(cls, group, topology, device) for key, cls in TRANSPORTS.items()}
+    return {key: _answer(cls, group, topology, device) for key, cls in _known().items()}
+
+
+def _known(names: Sequence[str] = TRANSPORTS) -> dict[str, type[Transport]]:
+    """The transports of those names."""
+    return {name: getattr(import_module(f"{__name__}.{name}"), f"{name.title()}Transport") for name in names}
 
 
 def build(cls: type[Transport], group: Group, topology: Topology, options: TransportOptions) -> Transport:
     """Make a transport that was selected; collective."""
-    if cls is SymmetricTransport and moves_by_kernels(options.device):
+    if cls.name == "symmetric" and moves_by_kernels(options.device):
+        from moecomm.transport._symmetric_device import KernelTransport
+
         return KernelTransport(group, topology, options)
-    if cls is not HierarchicalTransport:
+    if cls.name != "hierarchical":
         return cls(group, topology, options)
-    flat = next(cls for cls in FLAT if cls.supports(group, topology, options.device).ok)
+    from moecomm.transport.hierarchical import HierarchicalTransport
+    from moecomm.transport.symmetric import SymmetricTransport
+
+    flat = next(cls for cls in _known(_FLAT).values() if cls.supports(group, topology, options.device).ok)
     made: list[Transport] = []
     try:
         # Two groups of its own: its threads must not meet each other's messages, nor those of the caller.
@@ -81,18 +84,19 @@ def build(cls: type[Transport], group: Group, topology: Topology, options: Trans
 def _answer(cls: type[Transport], group: Group, topology: Topology, device: torch.device) -> Support:
     """What a transport says; the hierarchical one works if both transports that it is made of do."""
     own = cls.supports(group, topology, device)
-    if cls is not HierarchicalTransport or not own.ok:
+    if cls.name != "hierarchical" or not own.ok:
         return own
-    inside = SymmetricTransport.supports(group, Topology((0,) * group.size), device)
-    between = [flat.supports(group, topology, device) for flat in FLAT]
-    if not inside.ok:
-        return Support(False, f"inside a node: {inside.reason}")
-    if not any(answer.ok for answer in between):
-        return Support(False, f"between nodes: {'; '.join(answer.reason for answer in between)}")
+    inside, *between = _known(("symmetric", *_FLAT)).values()
+    in_node = inside.supports(group, Topology((0,) * group.size), device)
+    flats = [flat.supports(group, topology, device) for flat in between]
+    if not in_node.ok:
+        return Support(False, f"inside a node: {in_node.reason}")
+    if not any(answer.ok for answer in flats):
+        return Support(False, f"between nodes: {'; '.join(answer.reason for answer in flats)}")
     if group.mpi_comm is not None:
         from mpi4py import MPI
 
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             return Support(False, "between nodes: MPI was not started with MPI_THREAD_MULTIPLE")
-    reason = next(answer.reason for answer in between if answer.ok)
+    reason = next(answer.reason for answer in flats if answer.ok)
     return Support(True, f"{own.reason}: shared memory inside, {reason} between")

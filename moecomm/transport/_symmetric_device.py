@@ -35,6 +35,7 @@ class KernelTransport(Transport):
     """One rank's end of the wire, and the stream that its kernels run on."""
 
     name = "symmetric"
+    is_fused = True
 
     def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
         from moecomm.kernels.wire import COUNTS, SIGNALS, Wire, buffer_bytes, make_link, peer_table

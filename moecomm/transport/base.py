@@ -189,6 +189,7 @@ class Transport(ABC):
     buffer_id: int | None = None  # the same on all ranks
     node_of_rank: np.ndarray | None = None  # (W,) of a transport that merges rows per node
     padded_slots: PaddedSlots | None = None  # where ranks reach each other's memory
+    is_fused: bool = False  # made of kernels that do whole operations: see `moecomm.fused`
 
     @abstractmethod
     def __init__(self, group: Group, topology: Topology, options: TransportOptions) -> None:
