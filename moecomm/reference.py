@@ -266,6 +266,8 @@ def moe(
     >>> y[0].tolist(), torch.autograd.grad(y[0].sum(), x)[0].tolist()
     ([[1.25, 1.25]], [[1.25, 1.25]])
     """
+    tokens = [x_TH.unbind(0) for x_TH in xs]
+    weights = [[w_K1.unbind(0) for w_K1 in w_TK.unsqueeze(2).unbind(0)] for w_TK in topk_weights or ()]
     entries_of_expert: dict[int, list[Origin]] = {}
     for source, idx in enumerate(topk_idxs):
         for token, experts in enumerate(idx.tolist()):
@@ -276,10 +278,10 @@ def moe(
     terms: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
     for expert in sorted(entries_of_expert):
         entries = entries_of_expert[expert]
-        made = expert_fn(torch.stack([xs[source][token] for source, token, _ in entries]), expert)
+        made = expert_fn(torch.stack([tokens[source][token] for source, token, _ in entries]), expert)
         for row_H, (source, token, k) in zip(made.unbind(0), entries, strict=True):
             if topk_weights is not None:
-                row_H = row_H * topk_weights[source][token, k].expand_as(row_H)
+                row_H = row_H * weights[source][token][k]
             terms.setdefault((source, token), []).append((k, row_H))
 
     results = []
@@ -381,11 +383,10 @@ def _arrange_by_rank(world: _World, experts: Sequence[int]) -> ReferenceDispatch
 
 
 def _copy_rows(tensors: Sequence[Tensor], origins: Sequence[Origin]) -> Tensor:
-    rows = torch.zeros((len(origins), *tensors[0].shape[1:]), dtype=tensors[0].dtype)
-    for i, (source, token, _) in enumerate(origins):
-        if source != -1:
-            rows[i] = tensors[source][token].detach()
-    return rows
+    rows_of = [tensor.detach().unbind(0) for tensor in tensors]
+    zero = torch.zeros(tensors[0].shape[1:], dtype=tensors[0].dtype)
+    rows = [zero if source == -1 else rows_of[source][token] for source, token, _ in origins]
+    return torch.stack(rows) if rows else torch.zeros((0, *zero.shape), dtype=zero.dtype)
 
 
 def _provenance(origins: Sequence[Origin]) -> dict[str, Tensor]:

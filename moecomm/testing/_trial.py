@@ -75,24 +75,36 @@ class Sheet:
     expected: list[ReferenceDispatched]
 
 
-@functools.lru_cache(maxsize=64)  # the same for each way to reduce
-def _sheet(case: Case, world_size: int, layout: str, round: int, payload_round: int) -> Sheet:
+@functools.lru_cache(maxsize=64)  # the same for each way to reduce, and for layouts "expert" and "padded" without align
+def _sheet(case: Case, world_size: int, layout: str, align: int, round: int) -> Sheet:
     ranks = range(world_size)
-    xs = [provenance_rows(r, case.num_tokens(r, round), case.hidden, case.dtype, payload_round) for r in ranks]
+    xs = [case.payload(r, round) for r in ranks]
     routings = [case.routing(r, round, world_size) for r in ranks]
     topk_idxs = [idx for idx, _ in routings]
     topk_weights = [w for _, w in routings if w is not None] or None
     scales = [s for s in (case.scales(r, round) for r in ranks) if s is not None] or None
+    placement = case.placement(world_size)
     expected = reference.dispatch(
-        xs,
-        topk_idxs,
-        topk_weights,
-        placement=case.placement(world_size),
-        layout="expert" if layout == "padded" else layout,  # the same rows, at other places
-        align=case.align if layout == "expert" else 1,
-        scales=scales,
+        xs, topk_idxs, topk_weights, placement=placement, layout=layout, align=align, scales=scales
     )
     return Sheet(xs, scales, topk_idxs, topk_weights, expected)
+
+
+@functools.lru_cache(maxsize=64)
+def _replayed_sheet(case: Case, world_size: int, layout: str, align: int, round: int) -> Sheet:
+    """The same routing with the payload of another round: the same rows at the same places."""
+    sheet = _sheet(case, world_size, layout, align, round)
+    numbers = enumerate(sheet.xs)
+    xs = [provenance_rows(r, len(x), case.hidden, case.dtype, round + _REPLAY_ROUND) for r, x in numbers]
+    expected = [replace(table, x=rows_at(table, xs)) for table in sheet.expected]
+    return replace(sheet, xs=xs, expected=expected)
+
+
+def rows_at(table: ReferenceDispatched, xs: list[Tensor]) -> Tensor:
+    """What a rank receives where these rows are sent by the same routing; zero in padding."""
+    origins = zip(table.source_rank.tolist(), table.source_token.tolist(), strict=True)
+    rows = [torch.zeros_like(table.x[0]) if rank == -1 else xs[rank][token] for rank, token in origins]
+    return torch.stack(rows) if rows else table.x
 
 
 def returning_to(rank: int, rows: list[Tensor], sheet: Sheet) -> tuple[list[Tensor], list[ReferenceDispatched]]:
@@ -151,10 +163,11 @@ class Trial:
         self.kept: list[tuple[str, Tensor, Tensor]] = []
         self.num_compared = 0
 
-    def sheet(self, round: int, payload_round: int | None = None) -> Sheet:
-        """Inputs and expected outputs of a round, with its own payload or with that of another one."""
-        made_in = round if payload_round is None else payload_round
-        return _sheet(self.case, self.world_size, self.layout, round, made_in)
+    def sheet(self, round: int, replayed: bool = False) -> Sheet:
+        """Inputs and expected outputs of a round, with its own payload or with that of a replay."""
+        layout = "expert" if self.layout == "padded" else self.layout  # the same rows, at other places
+        make = _replayed_sheet if replayed else _sheet
+        return make(self.case, self.world_size, layout, self.align, round)
 
     def dispatch(self, round: int) -> Sent:
         sheet = self.sheet(round)
@@ -175,7 +188,7 @@ class Trial:
         return Sent(round, out, sheet)
 
     def replay(self, sent: Sent) -> None:
-        sheet = self.sheet(sent.round, payload_round=sent.round + _REPLAY_ROUND)
+        sheet = self.sheet(sent.round, replayed=True)
         self.be_late(sent.round + 1)
         x = sheet.xs[self.rank].clone()
         out = self.buffer.dispatch(self._payload(x, sheet), handle=sent.out.handle)
@@ -254,17 +267,11 @@ class Trial:
 
     def _gradient_of_rows(self, dys: list[Tensor], sheet: Sheet) -> Tensor:
         """Gradient of expert rows: the token's, times the weight, rounded once."""
-        sent = reference.dispatch(
-            dys,
-            sheet.topk_idxs,
-            sheet.topk_weights,
-            placement=self.placement,
-            layout=self.layout,
-            align=self.align,
-        )[self.rank]
-        if sent.row_weights is None:
-            return sent.x
-        return (sent.x.float() * sent.row_weights[:, None]).to(sent.x.dtype)
+        table = sheet.expected[self.rank]
+        rows = rows_at(table, dys)
+        if table.row_weights is None:
+            return rows
+        return (rows.float() * table.row_weights[:, None]).to(rows.dtype)
 
     def _experts(self, out: moecomm.Dispatched) -> Tensor:
         """What the experts of this rank make of their rows."""
