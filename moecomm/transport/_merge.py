@@ -99,8 +99,12 @@ class Merger:
         self._merge: Merge = lane.merge
         self._local = int(nodes.local_index[nodes.rank])
 
-    def run(self, home: Future[np.ndarray], await_rows: Callable[[int], None]) -> Tensor:
-        """Move everything; the output, sorted by (node, key). home: (W, V) headers of all ranks, when they come."""
+    def run(self, home: Future[np.ndarray], await_rows: Callable[[int], None], left: Callable[[], None]) -> Tensor:
+        """Move everything; the output, sorted by (node, key).
+
+        home: (W, V) headers of all ranks, when they come. await_rows: waits until so many rows for each rank of another
+        node are there. left: told once the first block is on its way.
+        """
         nodes, mates = self._nodes, self._nodes.mates
         most = self._lane.out_rows  # at least as many come home, and every rank knows it already
         starts = block_starts(self._lane.row_bytes, int(most.max(initial=0)))
@@ -110,8 +114,9 @@ class Merger:
         home_W = home_WV[:, nodes.node].astype(np.int64)
         away_WV = nodes.between(home_WV)
         num_blocks = int(np.searchsorted(starts, away_WV.max(initial=0)))
-        flights = [self._open_between(rows_in_block(away_WV, starts, block)) for block in range(num_blocks)]
-        for block, flight in enumerate(flights):
+        flights = []
+        for block in range(num_blocks):
+            flights.append(self._open_between(rows_in_block(away_WV, starts, block)))
             await_rows(int(starts[block + 1]))
             inbox = self._collect(
                 Block(
@@ -122,7 +127,8 @@ class Merger:
                     sums_W=rows_in_block(home_W, starts, block),
                 )
             )
-            self._send(inbox, flight)
+            self._send(inbox, flights[-1])
+            left()
         num_sent = int(home_W[nodes.sources].sum())
         self._counters.update(rows_between=num_sent, bytes_between=num_sent * self._lane.row_bytes, blocks=len(flights))
         await_rows(EVERYTHING)

@@ -80,6 +80,11 @@ class HierarchicalTransport(Transport):
         self._moves.append(future := self._mover.submit(self._guarded, job))
         return future
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether a job would begin at once."""
+        return all(move.done() for move in self._moves)
+
     def _guarded(self, job: Callable[[], T]) -> T:
         """Run a job, unless one before it failed; if it fails, tell the peers."""
         if self.failure is not None:
@@ -147,7 +152,7 @@ class HierarchicalExchange(Exchange):
         }
         self._bundle: Bundle | None = None
         self._told = self._know_or_ask(agreed=agreed)
-        self._fill = Fill(lambda: transport.failure is not None, transport.timeout_s)
+        self._fill = Fill(lambda: transport.failure is not None, transport.timeout_s, pauses=transport.is_idle)
         self._outputs: list[Tensor] | None = None
         merging = [number for number, lane in enumerate(lanes) if lane.merge]
         assert not merging or (merging == [0] and not self._wanted), "only the first lane merges, and none repeats then"
@@ -253,7 +258,7 @@ class HierarchicalExchange(Exchange):
         spreader = Spreader(
             self._nodes, transport.inside, transport.between, self._tag, self._lanes, transport.counters
         )
-        return keep(*spreader.run(self._bundle, self._staged, told, self._await))
+        return keep(*spreader.run(self._bundle, self._staged, told, self._await, self._fill.left))
 
     def _merge_and_spread(self) -> list[Tensor]:
         """Move a lane that merges, then what comes with it."""
@@ -261,12 +266,12 @@ class HierarchicalExchange(Exchange):
         rows, counters = self._rows_staged(0), transport.counters
         merger = Merger(nodes, transport.inside, transport.between, self._tag, self._lanes[0], rows, counters)
         assert self._told is not None, "asked for at once"
-        summed = merger.run(self._told, self._await)
+        summed = merger.run(self._told, self._await, self._fill.left)
         if len(self._lanes) == 1:
             return [summed]
         spreader = Spreader(nodes, transport.inside, transport.between, self._tag, self._lanes[1:], counters)
         told = np.zeros((nodes.topology.num_ranks, 2 * nodes.topology.num_nodes), np.int64)
-        return [summed, *keep(*spreader.run(None, self._staged[1:], told, self._await))]
+        return [summed, *keep(*spreader.run(None, self._staged[1:], told, self._await, self._fill.left))]
 
 
 def keep(exchange: Exchange, outputs: list[Tensor]) -> list[Tensor]:
