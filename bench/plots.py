@@ -115,6 +115,7 @@ def _label(row: Measurement) -> str:
 
 def _draw_view(view: View, rows: Sequence[Measurement], folder: Path, formats: Sequence[str]) -> list[Path]:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     operations = sorted({row.operation for row in rows}, key=lambda name: (*OPERATIONS, name).index(name))
     figure, axes = plt.subplots(
@@ -136,6 +137,9 @@ def _draw_view(view: View, rows: Sequence[Measurement], folder: Path, formats: S
                 low, high = [row.p20_us for row in line], [row.p80_us for row in line]
                 axis.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
         axis.set(xscale="log", yscale="log", xlabel=view.x_label, title=operation)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        if view.varies in ("tokens", "world") and view.name != "roofline":
+            axis.set_xticks(values := sorted({getattr(row, view.varies) for row in rows}), values)
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[0][0].set_ylabel(view.y_label)
     axes[0][0].legend(fontsize=8)
