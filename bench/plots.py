@@ -73,10 +73,16 @@ VIEWS = (
         band=True,
     ),
 )
+VIEW_NAMES = [view.name for view in VIEWS]
 
 
-def draw(rows: Sequence[Measurement], folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Draw every view that has two values on its axis; the files.
+def draw(
+    rows: Sequence[Measurement],
+    folder: Path,
+    formats: Sequence[str] = ("png", "svg"),
+    names: Sequence[str] = VIEW_NAMES,
+) -> list[Path]:
+    """Draw the views of those names that have two values on their axis; the files.
 
     A view shows the group of rows, equal in all but what varies, that has the most values on its axis.
     """
@@ -87,7 +93,7 @@ def draw(rows: Sequence[Measurement], folder: Path, formats: Sequence[str] = ("p
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     for view in VIEWS:
-        group = widest_group(rows, view)
+        group = widest_group(rows, view) if view.name in names else []
         if group:
             written += _draw_view(view, group, folder, formats)
     return written

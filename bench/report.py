@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.plots import OPERATIONS, draw
+from bench.plots import OPERATIONS, VIEW_NAMES, draw
 from bench.record import Measurement, ResultsError, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,13 +148,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="*", default=RESULTS, help="files that --out of a benchmark wrote")
     parser.add_argument("--html", type=Path, help="write the interactive page here")
     parser.add_argument("--plots", type=Path, help="write PNG and SVG plots into this folder")
+    parser.add_argument("--views", help="plots to make, a comma list of the names of their files (default: all)")
+    parser.add_argument("--ranks", type=int, help="leave out rows of another number of ranks")
     parser.add_argument("--formats", default="png,svg", help="of the plots, a comma list (default: png,svg)")
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="Markdown files with a table to rewrite")
     parser.add_argument("--kind", choices=TABLES, default="bench", help="of the table (default: bench)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is stale")
     args = parser.parse_args(argv)
+    views = args.views.split(",") if args.views else VIEW_NAMES
+    if unknown := sorted(set(views) - set(VIEW_NAMES)):
+        parser.error(f"--views {', '.join(unknown)}: there are {', '.join(VIEW_NAMES)}")
     try:
-        rows = read(args.results)
+        rows = [row for row in read(args.results) if args.ranks in (None, row.world)]
     except ResultsError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
@@ -174,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.html.write_text(page(rows), encoding="utf-8")
         written.append(args.html)
     if args.plots:
-        written += draw(rows, args.plots, args.formats.split(","))
+        written += draw(rows, args.plots, args.formats.split(","), views)
     print("wrote", *written)
     return 0
 

@@ -100,8 +100,10 @@ def reports() -> list[list[str]]:
     page = ["--html", str(ROOT / "docs/assets/bench/report.html")]
     scaling = [*report, str(RESULTS / "scaling.json"), "--kind", "scaling", "--into", str(PAGES[1])]
     mpi = [*report, str(RESULTS / "mpi.json"), "--into", str(PAGE_OF_MPI)]
+    decode = [*report, str(RESULTS / "decode.json"), "--views", "latency_over_tokens", "--formats", "svg"]
+    latency = [[*decode, "--ranks", str(n), "--plots", str(ROOT / f"docs/assets/bench/decode_w{n}")] for n in (2, 4)]
     readme = [*report, table, "--into", *map(str, PAGES)]
-    return [readme, mpi, scaling, [*report, *plots], [*report, *everything, *page]]
+    return [readme, mpi, scaling, [*report, *plots], *latency, [*report, *everything, *page]]
 
 
 def main() -> None:
