@@ -99,12 +99,8 @@ class Merger:
         self._merge: Merge = lane.merge
         self._local = int(nodes.local_index[nodes.rank])
 
-    def run(self, home: Future[np.ndarray], await_rows: Callable[[int], None], left: Callable[[], None]) -> Tensor:
-        """Move everything; the output, sorted by (node, key).
-
-        home: (W, V) headers of all ranks, when they come. await_rows: waits until so many rows for each rank of another
-        node are there. left: told once the first block is on its way.
-        """
+    def run(self, home: Future[np.ndarray], await_rows: Callable[[int], None]) -> Tensor:
+        """Move everything; the output, sorted by (node, key). home: (W, V) headers of all ranks, when they come."""
         nodes, mates = self._nodes, self._nodes.mates
         most = self._lane.out_rows  # at least as many come home, and every rank knows it already
         starts = block_starts(self._lane.row_bytes, int(most.max(initial=0)))
@@ -128,7 +124,6 @@ class Merger:
                 )
             )
             self._send(inbox, flights[-1])
-            left()
         num_sent = int(home_W[nodes.sources].sum())
         self._counters.update(rows_between=num_sent, bytes_between=num_sent * self._lane.row_bytes, blocks=len(flights))
         await_rows(EVERYTHING)

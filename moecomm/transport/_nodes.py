@@ -13,8 +13,8 @@ import numpy as np
 
 from moecomm.topology import Topology
 
-BLOCK_BYTES = 512 * 1024  # what is sent to a node first: soon, so that the link is busy early
-LATER_BLOCKS = 4  # so many times as much is sent at once later, as each block costs the same processor time
+BLOCK_BYTES = 1024 * 1024  # what is sent to a node first: soon, so that the link is busy early
+LATER_BLOCKS = 2  # so many times as much is sent at once later, as each block costs the same processor time
 MAX_BLOCKS = 16
 
 
@@ -102,7 +102,7 @@ def block_starts(row_bytes: int, most_rows: int) -> np.ndarray:
     """(B + 1,) the first row of every block, then `most_rows`. Blocks grow twofold until they are large, or few enough.
 
     >>> block_starts(row_bytes=BLOCK_BYTES // 4, most_rows=50).tolist()
-    [0, 4, 12, 28, 44, 50]
+    [0, 4, 12, 20, 28, 36, 44, 50]
     """
     size = max(1, BLOCK_BYTES // max(1, row_bytes))
     largest = max(size * LATER_BLOCKS, -(-most_rows // MAX_BLOCKS))

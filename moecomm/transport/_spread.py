@@ -92,12 +92,10 @@ class Spreader:
         staged: Sequence[Tensor | None],
         told: np.ndarray,
         await_rows: Callable[[int], None],
-        left: Callable[[], None],
     ) -> tuple[Exchange, list[Tensor]]:
         """Move everything; the exchange inside the node, complete, and its outputs.
 
         told: (W, 2 V) headers of all bundles. await_rows: waits until so many rows for each other node are packed.
-        left: told once the first block is on its way.
         """
         rows_WV, copies_WV = np.split(told.astype(np.int64), 2, 1)
         away_WV = self._nodes.between(rows_WV)
@@ -110,7 +108,6 @@ class Spreader:
             await_rows(stop)
             assert bundle is not None
             self._send_block(flights[-1], bundle, slice(start, stop))
-            left()
             if first is None:  # the link is busy, and without this nobody can spread the block
                 first = self._send_first(rows_WV + copies_WV, bundle, staged)
         first = first or self._send_first(rows_WV + copies_WV, bundle, staged)

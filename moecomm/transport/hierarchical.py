@@ -258,7 +258,7 @@ class HierarchicalExchange(Exchange):
         spreader = Spreader(
             self._nodes, transport.inside, transport.between, self._tag, self._lanes, transport.counters
         )
-        return keep(*spreader.run(self._bundle, self._staged, told, self._await, self._fill.left))
+        return keep(*spreader.run(self._bundle, self._staged, told, self._await))
 
     def _merge_and_spread(self) -> list[Tensor]:
         """Move a lane that merges, then what comes with it."""
@@ -266,12 +266,12 @@ class HierarchicalExchange(Exchange):
         rows, counters = self._rows_staged(0), transport.counters
         merger = Merger(nodes, transport.inside, transport.between, self._tag, self._lanes[0], rows, counters)
         assert self._told is not None, "asked for at once"
-        summed = merger.run(self._told, self._await, self._fill.left)
+        summed = merger.run(self._told, self._await)
         if len(self._lanes) == 1:
             return [summed]
         spreader = Spreader(nodes, transport.inside, transport.between, self._tag, self._lanes[1:], counters)
         told = np.zeros((nodes.topology.num_ranks, 2 * nodes.topology.num_nodes), np.int64)
-        return [summed, *keep(*spreader.run(None, self._staged[1:], told, self._await, self._fill.left))]
+        return [summed, *keep(*spreader.run(None, self._staged[1:], told, self._await))]
 
 
 def keep(exchange: Exchange, outputs: list[Tensor]) -> list[Tensor]:
