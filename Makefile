@@ -47,7 +47,7 @@ demo: $(STAMP)  ## one MoE layer on 4 processes, checked; then train a small mod
 	$(TORCHRUN) --nproc-per-node $(DEMO_RANKS) examples/train_moe_lm.py $(DEMO_TRAIN_ARGS)
 
 test: $(STAMP)  ## the whole test suite
-	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)  ## formatting, lint and types
 	$(BIN)/ruff format --check

@@ -215,9 +215,9 @@ def combine(
     hidden = rows_per_rank[0].shape[1]
     results = []
     for source, num_tokens in enumerate(dispatched[0].tokens_of_rank):
-        y_TH = torch.zeros(num_tokens, hidden, dtype=dtype)
-        for token in range(num_tokens):
-            total_H = (y_TH if biases is None else biases[source].detach())[token].to(torch.float32)
+        start_TH = torch.zeros(num_tokens, hidden) if biases is None else biases[source].detach().to(torch.float32)
+        totals = []
+        for token, total_H in enumerate(start_TH[:num_tokens].unbind(0)):
             of_ranks = terms.get((source, token), {})
             if reduce == "rank":
                 partials = {
@@ -231,8 +231,8 @@ def combine(
             else:
                 for _, term_H in sorted((term for of_rank in of_ranks.values() for term in of_rank), key=_k_of_term):
                     total_H = total_H + term_H
-            y_TH[token] = total_H.to(dtype)
-        results.append(y_TH)
+            totals.append(total_H)
+        results.append(torch.stack(totals).to(dtype) if totals else torch.zeros(0, hidden, dtype=dtype))
     return results
 
 
@@ -403,13 +403,12 @@ def _terms_of_tokens(
         if rows.shape[0] != received.x.shape[0]:
             raise RoutingError("rows do not match", got=rows.shape[0], expected=received.x.shape[0], rank=rank)
         origins = torch.stack([received.source_rank, received.source_token, received.source_k], 1).tolist()
-        for i, (source, token, k) in enumerate(origins):
-            if source == -1:
-                continue
-            term_H = rows[i].detach().to(torch.float32)
-            if weighted and received.row_weights is not None:
-                term_H = received.row_weights[i] * term_H
-            terms.setdefault((source, token), {}).setdefault(rank, []).append((k, term_H))
+        terms_NH = rows.detach().to(torch.float32)
+        if weighted and received.row_weights is not None:
+            terms_NH = received.row_weights[:, None] * terms_NH
+        for term_H, (source, token, k) in zip(terms_NH.unbind(0), origins, strict=True):
+            if source != -1:
+                terms.setdefault((source, token), {}).setdefault(rank, []).append((k, term_H))
     return terms
 
 

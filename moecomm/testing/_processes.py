@@ -260,8 +260,11 @@ def _warm_up(modules: list[str]) -> None:
     torch.set_num_threads(1)
     if torch.version.cuda is not None or torch.version.hip is not None:
         return
+    if "triton" in modules and importlib.import_module("triton").knobs.runtime.interpret:
+        _train(torch.bfloat16, "local")
+        return
+    _train(torch.bfloat16, "symmetric")  # the loops for signals, too
     if "moecomm.testing.conformance" not in modules:  # a program that starts a few ranks once
-        _train(torch.bfloat16)
         return
     from moecomm.testing.cases import CASES
     from moecomm.testing.conformance import run_in_turn
@@ -270,7 +273,7 @@ def _warm_up(modules: list[str]) -> None:
     run_in_turn(None, "local", [CASES[name] for name in _WARM_CASES], rounds=3)
 
 
-def _train(dtype: Any) -> None:
+def _train(dtype: Any, transport: str) -> None:
     """One step on one rank."""
     import torch
 
@@ -278,7 +281,7 @@ def _train(dtype: Any) -> None:
 
     x, weights = torch.ones(4, 8, dtype=dtype, requires_grad=True), torch.ones(4, 2, requires_grad=True)
     with moecomm.Buffer(
-        num_experts=2, hidden=8, top_k=2, max_tokens_per_rank=4, dtype=dtype, transport="local"
+        num_experts=2, hidden=8, top_k=2, max_tokens_per_rank=4, dtype=dtype, transport=transport
     ) as buffer:
         out: Any = buffer.dispatch(x, torch.zeros(4, 2).long(), weights)
         buffer.combine(out.x, out.handle, bias=x.detach()).sum().backward()

@@ -159,10 +159,11 @@ def _bits_differ(actual: Tensor, expected: Tensor) -> Tensor:
         raise ValueError(f"{tuple(actual.shape)} {actual.dtype} against {tuple(expected.shape)} {expected.dtype}")
     if actual.numel() == 0:
         return torch.zeros(actual.shape, dtype=torch.bool)
+    a, e = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (actual, expected))
+    if torch.equal(a, e):
+        return torch.zeros(actual.shape, dtype=torch.bool)
     as_bytes = (*actual.shape, actual.dtype.itemsize)
-    a = actual.contiguous().reshape(-1).view(torch.uint8).reshape(as_bytes)
-    e = expected.contiguous().reshape(-1).view(torch.uint8).reshape(as_bytes)
-    differ = (a != e).any(dim=-1)
+    differ = (a.reshape(as_bytes) != e.reshape(as_bytes)).any(dim=-1)
     if actual.dtype.is_floating_point:
         differ &= ~(_isnan(actual) & _isnan(expected))
     return differ

@@ -7,13 +7,13 @@ import io
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from moecomm.testing import run_ranks
+from tests.scripts import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTED = (ROOT / "examples/README.md").read_text(encoding="utf-8")
@@ -33,19 +33,16 @@ def test_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 def test_overlap_on_two_ranks() -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(ROOT / "examples/overlap.py"), "--tokens", "16", "--hidden", "32", "--rounds", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
+    options = ["--tokens", "16", "--hidden", "32", "--rounds", "2"]
+    done, other = run_forked(ROOT / "examples/overlap.py", *options)
+    assert done.returncode == other.returncode == 0, done.stderr
     assert "2 ranks over symmetric" in done.stdout and "both give the same bits" in done.stdout
 
 
 def test_decoding_in_turns(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     shape = ["--hidden", "64", "--experts", "4", "--top-k", "2", "--tokens", "4", "--layers", "2"]
-    command = [*launch, str(ROOT / "examples/decode_overlap.py"), *shape, "--out", str(tmp_path / "turns")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
+    done, other = run_forked(ROOT / "examples/decode_overlap.py", *shape, "--out", str(tmp_path / "turns"))
+    assert done.returncode == other.returncode == 0, done.stderr
     assert "of communication hidden (rank 0)" in done.stdout and (tmp_path / "turns.png").stat().st_size > 1000
     events = json.loads((tmp_path / "turns.json").read_text())["traceEvents"]
     assert {event["cat"] for event in events} == {"compute", "wait", "travel"}

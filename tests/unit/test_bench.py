@@ -20,6 +20,7 @@ from bench.baseline import baseline_combine, baseline_dispatch
 from bench.record import Measurement, example, percentiles, read, write
 from bench.report import insert, table
 from bench.traffic import traffic
+from tests.scripts import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,7 +136,10 @@ def test_a_rank_that_dies_leaves_the_finished_cases_and_a_sentence(tmp_path: Pat
     script = tmp_path / "bench_dispatch_combine.py"
     script.write_text(DIES)
     small = ["--preset", "tiny", "--tokens", "4,8,16", "--repeats", "1", "--warmup", "0", "--out", str(out)]
-    done = launch(script, *small)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(script), *small]  # really by torchrun: it ends the ranks that are left
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode != 0
     assert re.search(r"bench_dispatch_combine\.py: error: rank 0: .*lost|gone|ended|told to end", done.stderr), (
         done.stderr
@@ -161,15 +165,7 @@ sys.exit(main(replace(BENCHMARK, run_case=dies), parser()))
 
 
 def run(script: str, *options: str) -> str:
-    """Standard output of a script on two ranks."""
-    done = launch(ROOT / "bench" / script, *options)
-    assert done.returncode == 0, done.stderr[-4000:]
+    """Standard output of a script on two forked ranks."""
+    done, other = run_forked(ROOT / "bench" / script, *options)
+    assert done.returncode == other.returncode == 0, done.stderr[-4000:]
     return done.stdout
-
-
-def launch(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run a script on two ranks."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*torchrun, str(script), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)

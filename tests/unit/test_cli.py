@@ -17,6 +17,7 @@ from moecomm.diagnostics import Cluster, Finding, forecast, probes
 from moecomm.group import Group
 from moecomm.launch import Launch, joined
 from moecomm.presets import PRESETS
+from tests.scripts import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = {"versions", "launch", "devices", "links", "memory", "mpi", "symmetric_memory", "transports", "environment"}
@@ -156,10 +157,10 @@ def test_bench_lists_the_scripts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  dispatch_combine" in capsys.readouterr().out.splitlines()
 
 
-def test_torchrun_prints_once() -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moecomm", "doctor"]
-    done = subprocess.run([sys.executable, *command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
+def test_ranks_of_torchrun_print_once() -> None:
+    done, other = run_forked("moecomm", "doctor", "--json")
+    assert done.returncode == other.returncode == 0, done.stderr
+    assert other.stdout == ""
     findings = {found["probe"]: found for found in json.loads(done.stdout)}
     assert len(findings["links"]["data"]["pairs"]) == 2
     assert findings["transport"]["text"] == "symmetric, 2 ranks on 1 node; rows come home bit for bit"

@@ -21,6 +21,8 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # all of them, which says after each module how many of its examples failed.
 RUN_DOCTESTS = f"""
 import doctest, importlib, sys
+from tests.kernels.checks.interpreter import hurry
+hurry()
 for name in sys.argv[1:]:
     result = doctest.testmod(importlib.import_module(name), optionflags={OPTIONS})
     print(f"{{name}}: {{result.failed}} failed", flush=True)
@@ -56,6 +58,7 @@ def kernel_examples() -> str:
     """What the examples of all kernels print."""
     result = subprocess.run(
         [sys.executable, "-c", RUN_DOCTESTS, *modules("kernels", "moecomm.kernels")],
+        cwd=ROOT,
         env=dict(os.environ, TRITON_INTERPRET="1"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -77,6 +77,12 @@ def origin(rank: int, name: str) -> tuple[int, int, str | None]:
     return os.getppid(), os.getsid(0), os.environ.get(name)
 
 
+def origin_or_death(rank: int, name: str) -> tuple[int, int, str | None]:
+    """Rank 1 dies."""
+    die_on(rank, 1, -9)
+    return origin(rank, name)
+
+
 def return_a_lock(rank: int) -> Any:
     return threading.Lock()
 
@@ -88,6 +94,15 @@ def return_a_lock(rank: int) -> Any:
 def pool() -> Iterator[RankPool]:
     with RankPool(2, timeout_s=20.0, env={"FLAVOUR": "plum"}) as ranks:
         yield ranks
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Warm processes of this test alone, which start sooner: they have what every rank needs, and nothing else."""
+    monkeypatch.setattr(_processes, "_OPTIONAL", ())
+    monkeypatch.setattr(_processes, "_all_warm", {})
+    yield
+    _processes._close_all()
 
 
 def is_alive(pid: int) -> bool:
@@ -224,7 +239,7 @@ def test_ranks_are_forked_from_one_process(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(parents) == 1 and os.getpid() not in parents and len(sessions) == 4
 
 
-def test_what_libraries_read_at_their_start_is_not_inherited() -> None:
+def test_what_libraries_read_at_their_start_is_not_inherited(bare: None) -> None:
     (plain,) = run_ranks(origin, 1, "TRITON_INTERPRET", backend=None)
     (other,) = run_ranks(origin, 1, "TRITON_INTERPRET", backend=None, env={"TRITON_INTERPRET": "1"})
     assert other[2] == "1" and os.getpid() != other[0] != plain[0]
@@ -233,17 +248,17 @@ def test_what_libraries_read_at_their_start_is_not_inherited() -> None:
 def test_ranks_start_afresh_where_a_process_cannot_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_processes, "CAN_FORK", False)
     with no_leaks():
-        assert run_ranks(die_on, 2, 1, -9, backend=None, expect_exit={1: -9}) == [0, None]
-        (rank,) = run_ranks(origin, 1, "FLAVOUR", env={"FLAVOUR": "lime"})
+        rank, dead = run_ranks(origin_or_death, 2, "FLAVOUR", env={"FLAVOUR": "lime"}, expect_exit={1: -9})
+    assert dead is None
     assert rank[0] == os.getpid() and rank[2] == "lime"
 
 
-def test_ranks_start_afresh_where_a_library_starts_threads() -> None:
+def test_ranks_start_afresh_where_a_library_starts_threads(bare: None) -> None:
     (rank,) = run_ranks(origin, 1, "OMP_NUM_THREADS", backend=None, env={"OMP_NUM_THREADS": "2"})
     assert rank[0] == os.getpid() and rank[2] == "2"
 
 
-def test_a_dead_warm_process_is_replaced() -> None:
+def test_a_dead_warm_process_is_replaced(bare: None) -> None:
     own = {"OMP_WAIT_POLICY": "passive"}  # ranks of other tests may live in the one without
     (first,) = run_ranks(origin, 1, "FLAVOUR", backend=None, env=own)
     os.kill(first[0], signal.SIGKILL)
@@ -251,7 +266,7 @@ def test_a_dead_warm_process_is_replaced() -> None:
     assert run_ranks(origin, 1, "FLAVOUR", backend=None, env=own)[0][0] != first[0]
 
 
-def test_a_warm_process_with_ranks_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_process_with_ranks_stays(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many environments come after it."""
     monkeypatch.setattr(_processes, "_MAX_WARM", 1)
     with RankPool(1, backend=None) as pool:
