@@ -9,11 +9,12 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 
-
 # Files that take half a minute and more, the longest first: no worker is to be left with one of them at the end.
+# A worker is given two files at first, so the third is a short one: it waits for the longest.
 LONG = [
     "conformance/test_conformance.py",
     "conformance/test_mpi.py",
+    "unit/test_rows.py",
     "kernels/test_conformance.py",
     "multinode/test_nodes.py",
     "faults/test_table.py",

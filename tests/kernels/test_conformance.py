@@ -14,17 +14,17 @@ import moecomm
 from moecomm.errors import ConfigError, StallError, UnsupportedError
 from moecomm.group import Group
 from moecomm.memory.device import device_memory_support, moves_by_kernels, unreachable_peers
-from moecomm.testing import CASES, Case, RankPool, run_ranks
+from moecomm.testing import CASES, Case, RankPool
 from moecomm.testing.conformance import ConformanceResult, run_conformance, run_in_turn
 from moecomm.testing.planted import find_planted
 from moecomm.testing.planted_kernels import PLANTED_IN_KERNELS
 from tests.conformance.test_conformance import demand
+from tests.kernels.prepared import INTERPRETED, PRELOAD, prepare
 from tests.kernels.small import small
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 DEADLINE_S = 240.0
-INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
 # Rounds in turn of layout "expert" with both ways to reduce and layout "rank": three are one of each.
 ROUNDS = 3
 LAYOUTS = ("expert", "rank")  # the third has tests of its own
@@ -34,16 +34,6 @@ RUNS = {
     2: tuple(CASES),
     4: ("ragged_tokens", "rank_without_experts", "duplicate_expert"),
 }
-
-
-@functools.cache
-def prepare() -> None:
-    """Make the interpreter of this process quicker, and give way to other ranks while it polls."""
-    from tests.kernels.checks.interpreter import check_overflow, hurry, yield_while_polling
-
-    hurry()
-    yield_while_polling()
-    check_overflow(False)
 
 
 def run_in_turn_on_rank(rank: int, case: Case, rounds: int) -> list[ConformanceResult]:
@@ -83,9 +73,8 @@ def choices_of_a_layer(rank: int) -> tuple[list[int], list[int]]:
 def pool_of() -> Iterator[Callable[[int], RankPool]]:
     """Pools by size, started when first asked for and kept."""
     with contextlib.ExitStack() as stack:
-        yield functools.cache(
-            lambda world_size: stack.enter_context(RankPool(world_size, env=INTERPRETED, timeout_s=DEADLINE_S))
-        )
+        given: dict[str, Any] = {"env": INTERPRETED, "timeout_s": DEADLINE_S, "preload": PRELOAD}
+        yield functools.cache(lambda world_size: stack.enter_context(RankPool(world_size, **given)))
 
 
 @pytest.mark.timeout(DEADLINE_S + 30)
@@ -222,7 +211,8 @@ def one_stays_away(rank: int, operation: str) -> tuple[str, tuple[int, ...], str
 
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
 def test_who_stays_away_is_named(operation: str) -> None:
-    *told, _ = run_ranks(one_stays_away, 3, operation, env=INTERPRETED, timeout_s=100.0)
+    with RankPool(3, env=INTERPRETED, timeout_s=100.0, preload=PRELOAD) as pool:
+        *told, _ = pool.run(one_stays_away, operation)
     for message, peers, later in told:
         assert peers == (2,) and "waiting for rank 2" in message and operation in message
         assert "failed earlier" in later

@@ -15,7 +15,8 @@ from moecomm.errors import MoECommError, StaleHandleError, StallError, Unsupport
 from moecomm.testing import CASES, RankPool, assert_bitwise
 from moecomm.testing.conformance import ConformanceResult, run_conformance
 from tests.conformance.test_conformance import demand
-from tests.kernels.test_conformance import DEADLINE_S, INTERPRETED, prepare
+from tests.kernels.prepared import INTERPRETED, PRELOAD, prepare
+from tests.kernels.test_conformance import DEADLINE_S
 from tests.kernels.test_static import build, inputs, without_host
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -27,7 +28,7 @@ LAUNCHES = (["_padded_send_kernel", "_padded_receive_kernel"], ["_padded_return_
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[RankPool]:
-    with RankPool(2, env=INTERPRETED, timeout_s=DEADLINE_S) as pool:
+    with RankPool(2, env=INTERPRETED, timeout_s=DEADLINE_S, preload=PRELOAD) as pool:
         yield pool
 
 
@@ -44,7 +45,7 @@ def test_two_ranks_against_the_oracle(pair: RankPool, name: str, rounds: int) ->
 
 @pytest.mark.parametrize(("world_size", "name", "rounds"), [(1, "tiny_hidden", 7), (4, "ragged_tokens", 2)])
 def test_other_sizes_against_the_oracle(world_size: int, name: str, rounds: int) -> None:
-    with RankPool(world_size, env=INTERPRETED, timeout_s=DEADLINE_S) as pool:
+    with RankPool(world_size, env=INTERPRETED, timeout_s=DEADLINE_S, preload=PRELOAD) as pool:
         demand(pool.run(conform, name, rounds), world_size, 1)
 
 

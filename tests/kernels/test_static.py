@@ -22,7 +22,8 @@ from moecomm.errors import (
     UnsupportedError,
 )
 from moecomm.testing import RankPool, assert_bitwise
-from tests.kernels.test_conformance import DEADLINE_S, INTERPRETED, prepare
+from tests.kernels.prepared import INTERPRETED, PRELOAD, prepare
+from tests.kernels.test_conformance import DEADLINE_S
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -33,7 +34,7 @@ HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interle
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[RankPool]:
-    with RankPool(2, env=INTERPRETED, timeout_s=DEADLINE_S) as pool:
+    with RankPool(2, env=INTERPRETED, timeout_s=DEADLINE_S, preload=PRELOAD) as pool:
         yield pool
 
 
