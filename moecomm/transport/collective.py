@@ -113,13 +113,14 @@ class CollectiveTransport(Transport):
         start = time.monotonic()
         while True:
             left_s = self.timeout_s - (time.monotonic() - start)
+            was_over = work.is_completed()  # what ends just as a slice does is looked at once more
             try:
                 work.wait(timedelta(seconds=max(0.001, min(_SLICE_S, left_s - self._spare_s))))
                 return
             except RuntimeError as error:
                 left_s = self.timeout_s - (time.monotonic() - start)
                 timed_out = "timed out" in str(error).lower()
-                over = not timed_out or work.is_completed() or left_s <= self._spare_s
+                over = not timed_out or was_over or left_s <= self._spare_s
                 calling = left_s <= ROLL_CALL_S + _SLICE_S
                 trouble = not over and self._bulletin.look(seq, call_roll=calling, timeout_s=left_s)
                 if over or trouble:

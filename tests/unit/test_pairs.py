@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import timedelta
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 import moecomm
+from moecomm.errors import PeerLostError
 from moecomm.group import Group
 from moecomm.testing import RankPool
 from moecomm.topology import Topology
 from moecomm.transport._bulletin import Bulletin
 from moecomm.transport._pairs import Waiter
+from moecomm.transport.collective import CollectiveTransport
 
 SOON = timedelta(seconds=30)
+
+
+class EndsWithTheSlice:
+    """What is over just after the first wait for it was: with an error, or well."""
+
+    def __init__(self, error: str) -> None:
+        self._error, self._is_over = error, False
+
+    def is_completed(self) -> bool:
+        return self._is_over
+
+    def wait(self, timeout: timedelta) -> bool:
+        if not self._is_over:
+            self._is_over = True
+            raise RuntimeError("timed out")
+        if self._error:
+            raise RuntimeError(self._error)
+        return True
+
+
+@pytest.mark.parametrize(("error", "kind"), [("", None), ("Connection closed by peer", PeerLostError)])
+def test_what_ends_just_as_a_slice_of_waiting_does_is_no_stall(error: str, kind: Any) -> None:
+    transport = object.__new__(CollectiveTransport)
+    transport.group, transport.timeout_s, transport._waiter = Group.resolve(), 60.0, None
+    transport._away, transport._bulletin = [], mock.Mock(spec=Bulletin)
+    bulletin: Any = transport._bulletin
+    bulletin.verdict.return_value = None
+    bulletin.look.return_value = False
+    bulletin.left_before.return_value = bulletin.call_roll.return_value = []
+    bulletin.publish.side_effect = lambda verdict: verdict
+    work: Any = EndsWithTheSlice(error)
+    with contextlib.nullcontext() if kind is None else pytest.raises(kind):
+        transport.finish(work, "combine", 3)
 
 
 def told(rank: int) -> tuple[str, set[int]]:
