@@ -52,7 +52,7 @@ class Buffer:
         beside_bytes: room for the second of a pair, beside rows of the buffer's dtype.
         check: "off", "cheap" (a tag of every row is compared on arrival) or "full" (and a check sum of all bytes);
             None: MOECOMM_CHECK, or "off". What does not fit raises CorruptionError on all ranks. Sums that are made on
-            their way (hierarchical, reduce="rank") are not checked.
+            their way (hierarchical, reduce="rank") are checked inside and between nodes, wherever they arrive.
         engine: with kernels, who moves rows: "kernels", or "copy": kernels pack them and the GPU's copy engines do the
             rest, so that communication occupies no multiprocessor; the host then waits for the packing.
         num_sms: with kernels, multiprocessors that they may fill; None: one for each 128 KiB that a rank sends at most,
@@ -363,7 +363,8 @@ class Buffer:
         Traceback (most recent call last):
         moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot shrink: ...
         """
-        return self._build_anew(membership.shrink(self._core, self._check, self._rest, renormalise, timeout_s))
+        rest = membership.shrink(self._core, self._check, self._rest, renormalise, timeout_s)
+        return membership.build_anew(self, rest)
 
     def admit(
         self, num_ranks: int | None = None, *, name: str = "moecomm", timeout_s: float | None = None
@@ -380,7 +381,8 @@ class Buffer:
         Traceback (most recent call last):
         moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot take in ranks: ...
         """
-        return self._build_anew(membership.take_in(self._core, self._check, self._rest, name, num_ranks, timeout_s))
+        rest = membership.take_in(self._core, self._check, self._rest, name, num_ranks, timeout_s)
+        return membership.build_anew(self, rest)
 
     @classmethod
     def join(cls, store: Any, *, name: str = "moecomm", wait_s: float | None = None, **arguments: Any) -> Buffer:
@@ -400,24 +402,13 @@ class Buffer:
         moecomm.errors.StallError: join: nobody took this process in within 0.01 s: ...
         """
         buffer = cls.__new__(cls)
-        buffer._build_anew(membership.join(store, name, wait_s, inspect.signature(cls), arguments))
+        membership.build_anew(buffer, membership.join(store, name, wait_s, inspect.signature(cls), arguments))
         return buffer
-
-    def _build_anew(self, rest: membership.Rest) -> tuple[int, ...]:
-        """Close, and build what membership found; if that fails, `shrink` begins from there."""
-        self.close()
-        self._rest = rest
-        try:
-            self.__init__(rest.group, **rest.arguments())
-        except MoECommError as error:
-            if hasattr(self, "_core"):
-                self._core.failure, self._core.closed = error, False
-            raise
-        self._calls.survivors = rest.survivors
-        return rest.survivors.members
 
     def abort(self, reason: str = "") -> None:
         """Give up and free every rank that waits (AbortedError); from any thread, idempotent, waits for nobody.
+
+        Also those in `shrink` and `admit`, until they have agreed; from then on once all is built anew.
 
         >>> buffer = Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1)
         >>> buffer.abort("the data loader died")

@@ -60,6 +60,7 @@ class Core:
     phase_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     started: dict[int, Callable[[], Any]] = field(default_factory=dict)
     failure: MoECommError | None = None
+    aborted: AbortedError | None = None  # by `abort`, also where the buffer had failed before
     closed: bool = False
     rows_of_expert: np.ndarray | None = None
     padded: Any = None  # `padded.PaddedOperations`
@@ -128,14 +129,19 @@ class Core:
                 announce(self.transport, error)
             raise
         except BaseException as error:
-            what = f"rank {self.rank} broke off with {type(error).__name__}: {error}"
-            self.failure = PeerLostError(what, rank=self.rank, operation="an operation", peers=[self.rank])
-            self.transport.abort(self.failure)
+            self.break_off(error, self.rank)
             raise
+
+    def break_off(self, error: BaseException, rank: int) -> None:
+        """Remember that this rank, of that number now, broke off in the middle of something; peers are told."""
+        what = f"rank {rank} broke off with {type(error).__name__}: {error}"
+        self.failure = PeerLostError(what, rank=rank, operation="an operation", peers=[rank])
+        self.transport.abort(self.failure)
 
     def abort(self, reason: str) -> None:
         """Give up: peers that wait for this rank, and threads of this rank that wait, stop at once."""
+        what = f"rank {self.rank} called abort()" + (f": {reason}" if reason else "")
+        self.aborted = AbortedError(what, rank=self.rank, operation="abort", peers=[self.rank])
         if not self.closed and self.failure is None:
-            what = f"rank {self.rank} called abort()" + (f": {reason}" if reason else "")
-            self.failure = AbortedError(what, rank=self.rank, operation="abort", peers=[self.rank])
+            self.failure = self.aborted
             self.transport.abort(self.failure)

@@ -8,11 +8,9 @@ so every backend will do, also one that has no CPU tensors, and a rank that does
 from __future__ import annotations
 
 import math
-import pickle
 import secrets
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -23,58 +21,29 @@ import torch
 import torch.distributed as dist
 
 from moecomm import _env
-from moecomm.board import Board, StoreBoard
-from moecomm.errors import ConfigError, DesyncError, PeerLostError, StallError, UnsupportedError
+from moecomm.blobs import dumps, loads, named_in
+from moecomm.board import Board, StoreBoard, Wait
+from moecomm.errors import ConfigError, DesyncError, PeerLostError, UnsupportedError
 
 T = TypeVar("T")
 
 _ACCEPTED = "a torch.distributed.ProcessGroup, an mpi4py.MPI.Comm, or None"
-_MAX_PAUSE_S = 0.002
 _GLOO_THREADS = 8  # in a group of our own: blocks on their way at once
 _GLOO_PATIENCE = 10  # times the deadline: gloo counts from when a collective began, who waits for it from when he does
 _GRACE_S = 1.0  # what a store that no longer answers gets on top of the deadline
 
 
-class _Wait:
-    """The deadline of one operation, and how to spend the time until then."""
-
-    def __init__(self, operation: str, rank: int, timeout_s: float) -> None:
-        self.operation, self.rank, self.timeout_s = operation, rank, timeout_s
-        self._end = time.monotonic() + timeout_s
-        self._pause_s = 0.00005
-
-    def pause(self) -> bool:
-        """Yield the processor for a moment; return False once the deadline has passed."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            return False
-        time.sleep(min(self._pause_s, left))
-        self._pause_s = min(2 * self._pause_s, _MAX_PAUSE_S)
-        return True
-
-    def stall(self, peers: Sequence[int], did_not: str = "arrive") -> StallError:
-        names = f"ranks {sorted(peers)}" if peers else "the key-value store of the process group"
-        return StallError(
-            f"{names} did not {did_not} in time",
-            expected=f"all ranks within {self.timeout_s:g} s",
-            remedy="look at what those ranks are doing, or raise timeout_s",
-            rank=self.rank,
-            operation=self.operation,
-            peers=sorted(peers),
-        )
-
-
 class _Exchange(Protocol):
     """How the ranks of a group hand bytes to each other."""
 
-    def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+    def all_gather(self, blob: bytes, wait: Wait) -> list[bytes]:
         """Return the blobs of all ranks in rank order, or raise StallError or PeerLostError."""
 
 
 class _Alone:
     """A group of one rank."""
 
-    def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+    def all_gather(self, blob: bytes, wait: Wait) -> list[bytes]:
         return [blob]
 
 
@@ -92,7 +61,7 @@ class _StoreExchange:
         while isinstance(self._root, dist.PrefixStore):
             self._root = self._root.underlying_store
 
-    def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+    def all_gather(self, blob: bytes, wait: Wait) -> list[bytes]:
         seq, self._seq = self._seq, self._seq + 1
         step = self._collect if self._rank == 0 else self._submit
         try:
@@ -115,7 +84,7 @@ class _StoreExchange:
     def _absent(self, kind: str) -> list[int]:
         return [rank for rank in range(self._size) if not self._keys.check([f"{kind}/{rank}"])]
 
-    def _collect(self, seq: int, blob: bytes, wait: _Wait) -> list[bytes]:
+    def _collect(self, seq: int, blob: bytes, wait: Wait) -> list[bytes]:
         keys, others = self._keys, range(1, self._size)
         came, left, verdict = f"{seq}/came", f"{seq}/left", f"{seq}/verdict"
         _put(keys, f"{came}/0", b"1")
@@ -123,10 +92,10 @@ class _StoreExchange:
             while not keys.check([f"{came}/{rank}"]):
                 if not wait.pause():
                     absent = self._absent(came)
-                    _put(keys, verdict, pickle.dumps((absent, [])))
+                    _put(keys, verdict, dumps((absent, [])))
                     raise wait.stall(absent)
         blobs = [blob, *(keys.get(f"{came}/{rank}") for rank in others)]
-        _put(keys, verdict, pickle.dumps(([], blobs)))
+        _put(keys, verdict, dumps(([], blobs)))
         for rank in others:
             while not keys.check([f"{left}/{rank}"]):
                 if not wait.pause():
@@ -135,13 +104,13 @@ class _StoreExchange:
             keys.delete_key(key)
         return blobs
 
-    def _submit(self, seq: int, blob: bytes, wait: _Wait) -> list[bytes]:
+    def _submit(self, seq: int, blob: bytes, wait: Wait) -> list[bytes]:
         keys = self._keys
         _put(keys, f"{seq}/came/{self._rank}", blob)
         while not keys.check([f"{seq}/verdict"]):
             if not wait.pause():
                 raise wait.stall(self._absent(f"{seq}/came") or [0])
-        absent, blobs = pickle.loads(keys.get(f"{seq}/verdict"))
+        absent, blobs = loads(keys.get(f"{seq}/verdict"))
         if absent:
             raise wait.stall(absent)
         _put(keys, f"{seq}/left/{self._rank}", b"1")
@@ -157,7 +126,7 @@ def _put(store: dist.Store, key: str, value: bytes) -> None:
     store.set(key, value)  # type: ignore[arg-type]  # the stub says str, the store takes bytes
 
 
-def _finish(step: Callable[[], T], wait: _Wait) -> T:
+def _finish(step: Callable[[], T], wait: Wait) -> T:
     """Run `step` in a thread of its own: a store whose host has stopped blocks its callers for ever."""
     results: list[T] = []
     errors: list[BaseException] = []
@@ -170,7 +139,10 @@ def _finish(step: Callable[[], T], wait: _Wait) -> T:
 
     thread = threading.Thread(target=run, name=f"moecomm {wait.operation}", daemon=True)
     thread.start()
-    thread.join(wait.timeout_s + _GRACE_S)
+    try:
+        thread.join(wait.timeout_s + _GRACE_S)
+    finally:
+        wait.end()  # whoever leaves early, by Ctrl-C, must not seem to be there
     if errors:
         raise errors[0]
     if not results:
@@ -188,7 +160,7 @@ class _MpiExchange:
         self._seq = 0
         self._unfinished: list[Any] = []  # sends of stalled exchanges; their buffers must live on
 
-    def all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+    def all_gather(self, blob: bytes, wait: Wait) -> list[bytes]:
         mpi = sys.modules["mpi4py.MPI"]
         try:
             return self._all_gather(blob, wait)
@@ -197,7 +169,7 @@ class _MpiExchange:
                 "MPI reports an error", got=repr(str(error)), rank=wait.rank, operation=wait.operation
             ) from error
 
-    def _all_gather(self, blob: bytes, wait: _Wait) -> list[bytes]:
+    def _all_gather(self, blob: bytes, wait: Wait) -> list[bytes]:
         comm, self._seq = self._comm, self._seq + 1
         others = [rank for rank in range(comm.size) if rank != comm.rank]
         sends = {rank: comm.isend((self._seq, blob), dest=rank, tag=self._TAG) for rank in others}
@@ -401,7 +373,8 @@ class Group:
         """Give every rank the objects of all ranks, in rank order.
 
         Args:
-            obj: anything that pickle takes; every rank, this one too, gets a copy of its own.
+            obj: anything that pickle takes; every rank, this one too, gets a copy of its own. Classes other than those
+                of moecomm, torch and Python's containers are taken from others only if this rank sends them as well.
             timeout_s: deadline in seconds, or None for the default.
             operation: name for error messages; the ranks must give the same one.
 
@@ -409,6 +382,7 @@ class Group:
             StallError: ranks that did not arrive before the deadline; `peers` names them.
             PeerLostError: the connection to the other ranks is closed.
             DesyncError: another rank is in another operation.
+            UnsupportedError: another rank sent what may not be unpickled here (see `moecomm.blobs`).
         """
         operation = operation or "all_gather_object"
         timeout_s = _env.timeout_s() if timeout_s is None else timeout_s
@@ -420,9 +394,9 @@ class Group:
                 rank=self.rank,
                 operation=operation,
             )
-        blob = pickle.dumps((operation, pickle.dumps(obj)))
-        wait = _Wait(operation, self.rank, timeout_s)
-        replies = [pickle.loads(reply) for reply in self.exchange.all_gather(blob, wait)]
+        mine = dumps(obj)
+        wait = Wait(operation, self.rank, timeout_s)
+        replies = [loads(reply) for reply in self.exchange.all_gather(dumps((operation, mine)), wait)]
         strays = {rank: name for rank, (name, _) in enumerate(replies) if name != operation}
         if strays:
             raise DesyncError(
@@ -434,7 +408,7 @@ class Group:
                 operation=operation,
                 peers=list(strays),
             )
-        return [pickle.loads(payload) for _, payload in replies]
+        return [loads(payload, named_in(mine)) for _, payload in replies]
 
     def broadcast_object(self, obj: T, root: int = 0, *, timeout_s: float | None = None) -> T:
         """Give every rank the object of rank `root`; what the others pass is ignored. Raises as `all_gather_object`."""

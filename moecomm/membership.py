@@ -35,9 +35,10 @@ from moecomm.errors import (
 from moecomm.group import Group
 from moecomm.placement import ExpertPlacement
 from moecomm.plan import first_bad_entry
-from moecomm.rendezvous import Seats, admit, arrive, meet, rendezvous
+from moecomm.rendezvous import Seats, admit, arrive, meet, survive
 
 TRANSPORTS = ("symmetric", "simulated")
+_BOARD = "members"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ class Survivors:
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """Who goes on, and with what to build anew. place: where they met."""
+    """Who goes on, and with what to build anew. place: where they met, which no other group did."""
 
     group: Group
     place: str
@@ -97,18 +98,27 @@ class Rest:
 def shrink(core: Core, check: Checker, rest: Rest | None, renormalise: bool, timeout_s: float | None) -> Rest:
     """Agree with the other survivors; what to build anew."""
     _demand_transport(core, "shrink")
-    group, place, numbers = _whereabouts(core, rest)
+    group, home, seats = _whereabouts(core, rest)
     wait_s = _deadline("timeout_s", timeout_s, check.config.timeout_s, group.rank)
     core.abort("it shrinks")  # whoever waits in an operation hears that it is over
+    core.aborted = None  # who calls `abort` from here on means the meeting
     failure = core.failure
     blamed = () if failure is None or isinstance(failure, AbortedError) else failure.peers
     suspects = [peer for peer in blamed if peer != group.rank]
-    here = meet(rendezvous(group.rank, group.size, suspects, address=_address(group)), group.board(place), wait_s)
-    if group.rank not in here:
-        raise _came_too_late(group.rank, "shrink", here)
-    found = _regroup(group, place, "", group.rank, here)
     first = check if rest is None else rest.survivors.check
-    return _rest(found, place, [numbers[member] for member in here], first, renormalise, core.transport.name)
+    size, present = first.config.placement.num_ranks, [seats[i] for i in range(group.size) if i not in suspects]
+    absent = sorted(set(range(size)).difference(present))
+    seat = seats[group.rank]
+    try:
+        steps = survive(home, seat, size, absent, _address(group))
+        place, members = meet(steps, group.board(_BOARD), wait_s, group.rank, lambda: core.aborted)
+    except PeerLostError as error:
+        if not isinstance(error, AbortedError):  # who broke off is not waited for next time, nor are the dead of before
+            error.peers = tuple({*suspects, *error.peers})
+            core.failure = error
+        raise
+    found = _regroup(group, place, seat, members)
+    return _rest(found, place, members, first, renormalise, core.transport.name)
 
 
 def take_in(
@@ -117,7 +127,7 @@ def take_in(
     """Agree with the other members and with who waits in `join`; what to build anew."""
     _demand_transport(core, "take in ranks")
     core.check_usable()
-    group, _, numbers = _whereabouts(core, rest)
+    group, home, numbers = _whereabouts(core, rest)
     first = check if rest is None else rest.survivors.check
     empty = sorted(set(range(first.config.placement.num_ranks)) - set(numbers))
     if not empty or (most is not None and not (isinstance(most, int) and 1 <= most <= len(empty))):
@@ -126,18 +136,20 @@ def take_in(
         raise ConfigError("there are no seats for so many", got=got, expected=expected, remedy=remedy, rank=group.rank)
     told: dict[str, Any] = {"transport": core.transport.name, "config": _described(first.config)}
     told["renormalise"] = rest is not None and rest.survivors.renormalise
-    told["buffer"] = f"{core.transport.buffer_id:x}"  # so that no other buffer has this invitation
     offered = len(empty) if most is None else most
-    seats = Seats(first.config.placement.num_ranks, tuple(empty[:offered]), tuple(empty[offered:]))
+    seats = Seats(home, first.config.placement.num_ranks, tuple(empty[:offered]), tuple(empty[offered:]))
     seat = numbers[group.rank]
-    invitation = json.dumps(told | asdict(seats), sort_keys=True)
-    board = group.board(f"join/{name}")
+    invitation = json.dumps(told | asdict(seats), sort_keys=True)  # no other group has this home
     wait_s = _deadline("timeout_s", timeout_s, check.config.timeout_s, group.rank)
-    number, members = meet(admit(seat, seats, invitation, _address(group)), board, wait_s)
-    if seat not in members:
-        raise _came_too_late(group.rank, "admit", members)
-    found = _regroup(group, f"join/{name}", f"{number}/", seat, members)
-    return _rest(found, f"join/{name}/{number}", members, first, told["renormalise"], core.transport.name)
+    with core.guarded():
+        try:
+            steps = admit(_door(name), seat, seats, invitation, _address(group))
+            place, members = meet(steps, group.board(_BOARD), wait_s, group.rank, lambda: core.aborted)
+        except MoECommError as error:
+            core.transport.abort(error)  # who is still in an operation hears of it
+            raise
+    found = _regroup(group, place, seat, members)
+    return _rest(found, place, members, first, told["renormalise"], core.transport.name)
 
 
 def join(store: Any, name: str, wait_s: float | None, signature: Signature, arguments: dict[str, Any]) -> Rest:
@@ -155,18 +167,41 @@ def join(store: Any, name: str, wait_s: float | None, signature: Signature, argu
     def accept(invitation: str) -> Seats:
         told.update(json.loads(invitation))
         told["mine"] = _the_same(told, given)
-        return Seats(told["size"], told["offered"], told["empty"])
+        return Seats(told["home"], told["size"], told["offered"], told["empty"])
 
     wait_s = _deadline("wait_s", wait_s, _env.timeout_s(), None)
-    arrived = meet(arrive(secrets.token_hex(8), _address(alone), accept), alone.board(f"join/{name}"), wait_s)
+    steps = arrive(_door(name), secrets.token_hex(8), _address(alone), accept)
+    arrived = meet(steps, alone.board(_BOARD), wait_s)
     if arrived is None:
         what, remedy = f"nobody took this process in within {wait_s:g} s", f"call admit(name={name!r}) on the others"
         raise StallError(what, remedy=remedy, operation="join")
-    number, seat, members = arrived
-    found = _regroup(alone, f"join/{name}", f"{number}/", seat, members)
+    place, seat, members = arrived
+    found = _regroup(alone, place, seat, members)
     first = Checker(told["mine"], found.rank, 0)
-    place = f"join/{name}/{number}"
     return _rest(found, place, members, first, told["renormalise"], told["transport"])
+
+
+def build_anew(buffer: Any, rest: Rest) -> tuple[int, ...]:
+    """Close a `Buffer`, and build what was found; if that fails, `shrink` begins from there. Its members."""
+    before: Core | None = getattr(buffer, "_core", None)
+    buffer.close()
+    buffer._rest = rest
+    try:
+        buffer.__init__(rest.group, **rest.arguments())
+        if before is not None and before.aborted is not None:  # while nothing was there that could be aborted
+            buffer._core.transport.abort(before.aborted)
+            raise before.aborted
+    except BaseException as error:
+        core: Core | None = getattr(buffer, "_core", None)
+        if core is not None and isinstance(error, MoECommError):
+            core.failure = error
+        elif core is not None:
+            core.break_off(error, rest.group.rank)
+        if core is not None:
+            core.closed = False
+        raise
+    buffer._calls.survivors = rest.survivors
+    return rest.survivors.members
 
 
 def _the_same(told: dict[str, Any], arguments: dict[str, Any]) -> BufferConfig:
@@ -216,11 +251,16 @@ def _deadline(name: str, given: Any, default: float, rank: int | None) -> float:
 
 
 def _whereabouts(core: Core, rest: Rest | None) -> tuple[Group, str, Sequence[int]]:
-    """The group, where it meets when it shrinks, and what its ranks were called at first."""
+    """The group, where its keys begin, and what its ranks were called at first."""
     if rest is not None:
-        return rest.group, f"{rest.place}/again", rest.survivors.members
+        return rest.group, rest.place, rest.survivors.members
     group = core.transport.group
-    return group, f"shrink/{core.transport.buffer_id:x}", range(group.size)
+    return group, f"buffer/{core.transport.buffer_id:x}/", range(group.size)
+
+
+def _door(name: str) -> str:
+    """Where the keys begin of those who wait under that name."""
+    return f"join/{name}/"
 
 
 def _address(group: Group) -> str:
@@ -228,16 +268,11 @@ def _address(group: Group) -> str:
     return str(getattr(group.exchange, "address", ""))
 
 
-def _came_too_late(rank: int, operation: str, members: Sequence[int]) -> PeerLostError:
-    what = f"ranks {list(members)} went on without this rank, which came too late"
-    return PeerLostError(what, rank=rank, operation=operation, peers=members)
-
-
-def _regroup(group: Group, place: str, number: str, seat: int, members: Sequence[int]) -> Group:
-    """The group of the members, who have all said at meeting `number` of that place where they are."""
-    board = group.board(place)
-    addresses = [board.read(f"{number}here/{member}") for member in members]
-    return group.regroup(members.index(seat), addresses, f"{place}/{number}")
+def _regroup(group: Group, place: str, seat: int, members: Sequence[int]) -> Group:
+    """The group of the members, who have all said at that place where they are."""
+    board = group.board(_BOARD)
+    addresses = [board.read(f"{place}here/{member}") for member in members]
+    return group.regroup(members.index(seat), addresses, place)
 
 
 def _rest(group: Group, place: str, members: Sequence[int], first: Checker, renormalise: bool, transport: str) -> Rest:

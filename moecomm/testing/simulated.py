@@ -144,12 +144,14 @@ class SimulatedBoard:
         self._reach()
         self.keys[key] = value
 
-    def wait(self, keys: Sequence[str], timeout_s: float) -> set[str]:
-        """The keys that are there, when one is or the deadline has passed."""
+    def wait(self, keys: Sequence[str], timeout_s: float, is_over: Callable[[], bool]) -> set[str]:
+        """The keys that are there, when one is, or it is over, or the deadline has passed."""
         self._reach()
         deadline_s = self.world.now_s + timeout_s
         patience = 1.0
         while not (found := {key for key in keys if key in self.keys}) and self.world.now_s < deadline_s:
+            if is_over():
+                break
             self._reach(patience)  # whoever looks for long looks less often
             patience *= 1.2
         return found

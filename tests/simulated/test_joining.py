@@ -14,7 +14,7 @@ import torch.distributed as dist
 import moecomm
 from moecomm.errors import ConfigError, PeerLostError, StallError
 from moecomm.group import Group
-from moecomm.rendezvous import Seats, admit, arrive, rendezvous
+from moecomm.rendezvous import Seats, admit, arrive, rendezvous, survive
 from moecomm.testing import assert_bitwise
 from moecomm.testing.simulated import Faults, results_of, simulate, simulated_group
 from tests.faults._ranks import Nursery, World
@@ -24,61 +24,104 @@ from tests.simulated._explorer import explore
 # -- the protocol: every order of requests, every death, every deadline -------------------------------------------
 
 
-def explore_meeting(members: tuple[int, ...], size: int, num_newcomers: int, can_crash: int, offered: int = 9) -> Any:
-    """Some members of a buffer of `size` ranks invite, newcomers arrive; what must hold in every moment."""
+def explore_meeting(
+    members: tuple[int, ...], size: int, num_newcomers: int, can_crash: int, offered: int = 9, can_give_up: int = 0
+) -> tuple[int, int]:
+    """Some members of a buffer of `size` ranks invite, newcomers arrive; what must hold in every moment.
+
+    can_give_up: how many of the members may break off.
+    """
     empty = tuple(rank for rank in range(size) if rank not in members)
-    seats = Seats(size, empty[:offered], empty[offered:])
-    people: list[Any] = [functools.partial(admit, seat, seats, "us", "") for seat in members]
-    people += [functools.partial(arrive, f"new{i}", "", lambda _: seats) for i in range(num_newcomers)]
+    seats = Seats("we/", size, empty[:offered], empty[offered:])
+    people: list[Any] = [functools.partial(admit, "", seat, seats, "us", "") for seat in members]
+    people += [functools.partial(arrive, "", f"new{i}", "", lambda _: seats) for i in range(num_newcomers)]
 
     def demand(store: Mapping[str, str], decided: Mapping[int, Any]) -> None:
-        sure = {number: found for number, found in decided.items() if found is not None}
+        broken = {number: found for number, found in decided.items() if isinstance(found, str)}
+        sure = {number: found for number, found in decided.items() if found is not None and number not in broken}
+        assert not broken or not sure, f"some go on: {decided}"
+        assert all(number < len(members) for number in broken), "a newcomer waits for the next invitation"
         told = {found[-1] for found in sure.values()}
         assert len(told) <= 1, f"two memberships: {sure}"
         taken = [members[number] if number < len(members) else found[1] for number, found in sure.items()]
         seated = [seat for seat in taken if seat in next(iter(told))]
         assert len(set(seated)) == len(seated), f"two on one seat: {sure}"
         for found in sure.values():
-            assert all(f"{found[0]}/here/{seat}" in store for seat in found[-1]), f"{found} of {store}"
+            assert all(f"{found[0]}here/{seat}" in store for seat in found[-1]), f"{found} of {store}"
             assert not set(found[-1]) - set(members) - set(seats.offered), "a seat that was not offered"
+
+    return explore(people, can_crash, demand, range(can_give_up))
+
+
+@pytest.mark.parametrize(
+    ("members", "size", "num_newcomers", "can_crash", "offered", "can_give_up"),
+    [
+        ((0,), 2, 1, 2, 9, 1),
+        ((0,), 2, 2, 3, 9, 0),  # two want one seat
+        ((1,), 3, 1, 2, 1, 1),  # one of two seats is offered
+        ((0, 2), 3, 1, 3, 9, 2),
+        ((1,), 3, 2, 3, 9, 0),
+        ((0, 1, 3), 4, 1, 4, 9, 0),
+        ((0, 2), 4, 2, 0, 9, 0),
+        ((0,), 4, 2, 3, 2, 1),  # two of three seats are offered to two
+    ],
+)
+def test_every_order_every_death_every_deadline(
+    members: tuple[int, ...], size: int, num_newcomers: int, can_crash: int, offered: int, can_give_up: int
+) -> None:
+    num_moments, num_ends = explore_meeting(members, size, num_newcomers, can_crash, offered, can_give_up)
+    what = f"{members} of {size} and {num_newcomers}, up to {can_crash} deaths, {can_give_up} may give up"
+    print(f"{what}: {num_moments} moments, {num_ends} ends")
+    assert num_ends >= 1 and num_moments >= size
+
+
+def explore_confusion(
+    members: tuple[int, ...], size: int, shrinking: tuple[int, ...], can_crash: int, num_newcomers: int = 1
+) -> tuple[int, int]:
+    """Of a group some members shrink while the others invite: no two of them may go on apart."""
+    empty = tuple(seat for seat in range(size) if seat not in members)
+    seats = Seats("we/", size, empty, ())
+    people: list[Any] = []
+    for seat in members:
+        if seat in shrinking:
+            people.append(functools.partial(survive, "we/", seat, size, empty, ""))
+        else:
+            people.append(functools.partial(admit, "", seat, seats, "us", ""))
+    people += [functools.partial(arrive, "", f"new{i}", "", lambda _: seats) for i in range(num_newcomers)]
+
+    def demand(store: Mapping[str, str], decided: Mapping[int, Any]) -> None:
+        places = {(found[0], found[-1]) for found in decided.values() if isinstance(found, tuple)}
+        assert len(places) <= 1, f"two groups go on: {places}"
 
     return explore(people, can_crash, demand)
 
 
 @pytest.mark.parametrize(
-    ("members", "size", "num_newcomers", "can_crash", "offered"),
-    [
-        ((0,), 2, 1, 1, 9),
-        ((0,), 2, 2, 1, 9),  # two want one seat
-        ((1,), 3, 1, 1, 1),  # one of two seats is offered
-        ((0, 2), 3, 1, 1, 9),
-        ((1,), 3, 2, 1, 9),
-        ((0, 1, 3), 4, 1, 0, 9),
-        ((0,), 4, 2, 0, 2),  # two of three seats are offered to two
-    ],
+    ("members", "size", "shrinking", "can_crash"),
+    [((0, 1), 3, (1,), 3), ((0, 2), 4, (0,), 3), ((0, 1, 2), 4, (2,), 0), ((0, 1, 2), 4, (0, 1), 1)],
 )
-def test_every_order_every_death_every_deadline(
-    members: tuple[int, ...], size: int, num_newcomers: int, can_crash: int, offered: int
+def test_only_one_group_goes_on_where_some_shrink_and_others_invite(
+    members: tuple[int, ...], size: int, shrinking: tuple[int, ...], can_crash: int
 ) -> None:
-    num_moments, num_ends = explore_meeting(members, size, num_newcomers, can_crash, offered)
-    print(f"{members} of {size} and {num_newcomers}, up to {can_crash} deaths: {num_moments} moments, {num_ends} ends")
+    num_moments, num_ends = explore_confusion(members, size, shrinking, can_crash)
+    print(f"{members} of {size}, {shrinking} shrink, up to {can_crash} deaths: {num_moments} moments, {num_ends} ends")
     assert num_ends >= 1 and num_moments >= size
 
 
 def test_the_explorer_sees_two_on_one_seat() -> None:
-    seats = Seats(2, (1,), ())
+    seats = Seats("we/", 2, (1,), ())
 
     def rude(token: str) -> Any:
         yield "wait", ["open/0"]
         yield "write", "0/seat/1", token  # without asking whether somebody sits there
         members = yield from rendezvous(1, 2, (), place="0/")
-        return 0, 1, members
+        return "0/", 1, members
 
     def demand(store: Mapping[str, str], decided: Mapping[int, Any]) -> None:
         sat = [found for number, found in decided.items() if number and 1 in found[-1]]
         assert len(sat) <= 1, "two on one seat"
 
-    people = [functools.partial(admit, 0, seats, "us", ""), *(functools.partial(rude, f"new{i}") for i in range(2))]
+    people = [functools.partial(admit, "", 0, seats, "us", ""), *(functools.partial(rude, f"new{i}") for i in range(2))]
     with pytest.raises(AssertionError, match="two on one seat"):
         explore(people, 0, demand)
 

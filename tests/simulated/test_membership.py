@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import moecomm
-from moecomm.errors import PeerLostError, UnsupportedError
-from moecomm.rendezvous import rendezvous
+from moecomm.errors import AbortedError, PeerLostError, UnsupportedError
+from moecomm.rendezvous import rendezvous, survive
 from moecomm.testing import assert_bitwise
 from moecomm.testing.simulated import Faults, results_of, simulate
 from tests.faults._ranks import Nursery, World
@@ -23,26 +23,86 @@ from tests.simulated._explorer import explore
 # -- the protocol: every order of requests, every death, every deadline -------------------------------------------
 
 
-def explore_survivors(size: int, suspects: tuple[int, ...], can_crash: int, steps: Any = rendezvous) -> tuple[int, int]:
+def explore_survivors(
+    size: int, suspects: tuple[int, ...], can_crash: int, steps: Any = rendezvous, can_give_up: tuple[int, ...] = ()
+) -> tuple[int, int]:
     """Ranks that shrink. Agreement: all that decide decide the same. Validity: the members had come."""
 
     def demand(store: Mapping[str, str], decided: Mapping[int, Any]) -> None:
-        assert len(set(decided.values())) <= 1, f"two memberships: {decided}"
-        for members in decided.values():
-            assert members and all(f"here/{member}" in store for member in members), f"{members} of {store}"
-            assert json.loads(store["members"]) == list(members)
+        sure = {number: found for number, found in decided.items() if found is not None}
+        assert len(set(sure.values())) <= 1, f"two memberships: {decided}"
+        for members in sure.values():
+            if isinstance(members, str):
+                assert json.loads(store["members"])["rank"] in can_give_up
+            else:
+                assert members and all(f"here/{member}" in store for member in members), f"{members} of {store}"
+                assert json.loads(store["members"]) == list(members)
 
-    return explore([functools.partial(steps, rank, size, suspects) for rank in range(size)], can_crash, demand)
+    people = [functools.partial(steps, rank, size, suspects) for rank in range(size)]
+    return explore(people, can_crash, demand, can_give_up)
 
 
 @pytest.mark.parametrize(
-    ("size", "suspects", "can_crash"),
-    [(1, (), 0), (2, (), 1), (2, (1,), 1), (3, (), 2), (3, (2,), 1), (4, (), 0)],
+    ("size", "suspects", "can_crash", "can_give_up"),
+    [
+        (1, (), 1, ()),
+        (2, (), 2, (0, 1)),
+        (2, (1,), 2, ()),
+        (3, (), 3, ()),
+        (3, (2,), 3, (1,)),
+        (3, (), 1, (0, 1, 2)),
+        (4, (), 4, ()),
+        (4, (3,), 4, ()),
+        (4, (), 0, (2,)),
+    ],
 )
-def test_every_order_every_death_every_deadline(size: int, suspects: tuple[int, ...], can_crash: int) -> None:
-    num_moments, num_ends = explore_survivors(size, suspects, can_crash)
-    print(f"W={size}, suspects {suspects}, up to {can_crash} deaths: {num_moments} moments, {num_ends} ends, all agree")
+def test_every_order_every_death_every_deadline(
+    size: int, suspects: tuple[int, ...], can_crash: int, can_give_up: tuple[int, ...]
+) -> None:
+    num_moments, num_ends = explore_survivors(size, suspects, can_crash, can_give_up=can_give_up)
+    what = f"W={size}, suspects {suspects}, up to {can_crash} deaths, {can_give_up} may give up"
+    print(f"{what}: {num_moments} moments, {num_ends} ends, all agree")
     assert num_ends >= 1 and num_moments >= size
+
+
+def test_after_a_meeting_that_was_broken_off_all_meet_at_the_next_one() -> None:
+    def again(rank: int) -> Any:
+        try:
+            return (yield from survive("", rank, 3, (), "1"))
+        except AbortedError:
+            return (yield from survive("", rank, 3, (), "1"))
+
+    def demand(store: Mapping[str, str], decided: Mapping[int, Any]) -> None:
+        found = {members for members in decided.values() if isinstance(members, tuple)}
+        assert len(found) <= 1, f"two memberships: {found}"
+        for place, members in found:
+            assert all(f"{place}here/{member}" in store for member in members)
+            assert place == "shrink/0/" or '"rank": 1' in store["shrink/0/members"], "nobody broke off the first one"
+
+    num_moments, num_ends = explore([functools.partial(again, rank) for rank in range(3)], 0, demand, can_give_up=(1,))
+    assert num_moments > 3000 and num_ends > 10, (num_moments, num_ends)
+
+
+def test_a_death_shows_nothing_that_slowness_does_not() -> None:
+    seen: dict[int, set[str]] = {}
+    for can_crash in (0, 3):
+        told = seen.setdefault(can_crash, set())
+
+        def demand(store: Mapping[str, str], decided: Mapping[int, Any], told: set[str] = told) -> None:
+            told.add(f"{store} {sorted(decided.items())}")
+
+        explore([functools.partial(rendezvous, rank, 3, ()) for rank in range(3)], can_crash, demand)
+    assert seen[0] == seen[3] and len(seen[0]) > 50
+
+
+def test_the_explorer_sees_who_never_ends() -> None:
+    def patient(rank: int) -> Any:
+        yield "write", f"here/{rank}", "1"
+        while not (yield "wait", [f"here/{1 - rank}"]):
+            pass
+
+    with pytest.raises(AssertionError, match="waits for ever"):
+        explore([functools.partial(patient, rank) for rank in range(2)], 0, lambda store, decided: None)
 
 
 def test_the_explorer_sees_a_protocol_that_is_wrong() -> None:
@@ -146,7 +206,7 @@ def test_other_transports_say_that_they_cannot() -> None:
         buffer.shrink()
 
 
-def survive(world: World) -> tuple[Any, float]:
+def outlive(world: World) -> tuple[Any, float]:
     """The same between processes: rank 1 is killed in the middle of the loop."""
     buffer = moecomm.Buffer(**SHAPE, dtype=torch.float32, transport="symmetric")
     step(buffer, world.rank, set())
@@ -170,5 +230,5 @@ def survive(world: World) -> tuple[Any, float]:
 
 
 def test_processes_go_on_without_the_dead_one(nursery: Nursery) -> None:
-    first, _, last = process_results(nursery.run(survive, 3), killed=1)
+    first, _, last = process_results(nursery.run(outlive, 3), killed=1)
     assert first[0] == last[0] == (0, 2) and first[1] < 20.0

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "1",
         (
             "presets",
+            "blobs",
             "board",
             "rendezvous",
             "metrics",
