@@ -25,6 +25,7 @@ import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import final
 
@@ -37,7 +38,7 @@ from moecomm.checks import TAG_BYTES
 from moecomm.core import Core
 from moecomm.errors import CorruptionError, UnsupportedError
 from moecomm.operations import Parcel
-from moecomm.transport.base import Exchange, Lane, as_bytes
+from moecomm.transport.base import Exchange, Lane, Transport, as_bytes
 
 _POISON = 255
 _MIX = 0x5851F42D4C957F2D  # odd, with bits everywhere
@@ -109,21 +110,36 @@ class Integrity:
     num_operations: int = 0
 
     def watch(self, tag: str, parcels: Sequence[Parcel]) -> Watch | None:
-        """The tags of one exchange; None where nothing is left as it is on its way (sums per node)."""
-        self.num_operations += 1
-        numbers = range(len(parcels)) if self.check == "full" else range(1)
-        watched = {number: parcels[number] for number in numbers if parcels[number].lane.merge is None}
-        return Watch(self, tag, self.num_operations - 1, watched, len(parcels)) if watched else None
+        """The tags of one exchange; None where nothing is left as it is on its way: sums have tags on each hop."""
+        number, self.num_operations = self.num_operations, self.num_operations + 1
+        for lane in (parcel.lane for parcel in parcels):
+            if lane.merge is not None:
+                lane.merge = replace(lane.merge, open=partial(self.open_hop, number))
+        lanes = range(len(parcels)) if self.check == "full" else range(1)
+        watched = {lane: parcels[lane] for lane in lanes if parcels[lane].lane.merge is None}
+        return Watch(self, tag, number, watched, len(parcels)) if watched else None
+
+    def open_hop(self, number: int, transport: Transport, tag: str, lanes: Sequence[Lane], which: str) -> Exchange:
+        """Open one of the exchanges of which an operation consists, with tags of its own. Lanes are contiguous."""
+        watched = {}
+        for at, lane in enumerate(lanes if self.check == "full" else lanes[:1]):
+            written = torch.empty(0, lane.row_bytes, dtype=torch.uint8, device=self.core.tables.device)
+            watched[at] = Parcel(lane, written, table_PK=written)  # rows that exist only where they are written
+        watch = Watch(self, f"{tag} {which}", number, watched, len(lanes), hop=which)
+        return watch.checked(transport.open(tag, [*lanes, *watch.lanes], agreed=True))
 
 
 @final
 class Watch:
     """One exchange with tags: `lanes` to open beside the others, `seal` before it is committed, `checked` after.
 
-    parcels: those that are watched, by the number of their lane.
+    parcels: those that are watched, by the number of their lane. hop: where rows are, of several on their way.
     """
 
-    def __init__(self, of: Integrity, tag: str, number: int, parcels: Mapping[int, Parcel], num_lanes: int) -> None:
+    def __init__(
+        self, of: Integrity, tag: str, number: int, parcels: Mapping[int, Parcel], num_lanes: int, hop: str = ""
+    ) -> None:
+        self._hop = hop
         self.core, self.full, self.tag, self.number = of.core, of.check == "full", tag, number
         self.one_in = 1 if self.full else _ONE_IN
         self.num_lanes, self._parcels = num_lanes, parcels
@@ -216,6 +232,7 @@ class Watch:
             token = int(homes[claim.entry])
         operation = self.tag.split(" ")[0]
         phase = f"arrival of {operation}, {'rows' if not claim.lane else f'lane {claim.lane}'}"
+        phase += f" {self._hop}" if self._hop else ""
         what = f"{self._reason(claim, found)} (1 of {int(wrong.sum())} wrong rows of {len(got)})"
         evidence = self._keep(what, got, rows, wrong, slots)
         error = CorruptionError(
@@ -295,7 +312,10 @@ def _places(counts: np.ndarray, device: torch.device) -> Tensor:
 
 @final
 class CheckedExchange(Exchange):
-    """An exchange whose outputs are compared with their tags the first time that somebody wants them."""
+    """An exchange whose outputs are compared with their tags the first time that somebody wants them.
+
+    One that is not committed yet is sealed when it is.
+    """
 
     def __init__(self, inner: Exchange, watch: Watch) -> None:
         self._inner, self._watch = inner, watch
@@ -303,13 +323,16 @@ class CheckedExchange(Exchange):
         self._owned: set[int] = set()
 
     def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
-        raise AssertionError("it is committed")
+        self._inner.put(lane, dst, src, index)
 
     def target(self, lane: int, dst: int) -> Tensor:
-        raise AssertionError("it is committed")
+        return self._inner.target(lane, dst)
 
     def commit(self) -> None:
-        raise AssertionError("it is committed")
+        for number, parcel in enumerate(self._watch.seal(self._inner), start=self._watch.num_lanes):
+            for dst, section in self._inner.sections(parcel.lane, self._watch.core.rank):
+                self._inner.target(number, dst).copy_(as_bytes(parcel.rows)[section])
+        self._inner.commit()
 
     def wait(self) -> list[Tensor]:
         if self._out is None:

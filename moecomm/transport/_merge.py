@@ -6,9 +6,9 @@ Legend: W ranks, V nodes, R ranks of this node, B blocks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from moecomm.rows import empty_rows, reduce_rows
 from moecomm.transport._fill import EVERYTHING
 from moecomm.transport._nodes import BLOCK_BYTES, NodeMap, block_starts, rows_in_block
-from moecomm.transport._spread import everything, packed_lane
+from moecomm.transport._spread import packed_lane
 from moecomm.transport.base import Exchange, Lane, Merge, Transport
 
 
@@ -112,7 +112,7 @@ class Merger:
         num_blocks = int(np.searchsorted(starts, away_WV.max(initial=0)))
         flights = []
         for block in range(num_blocks):
-            flights.append(self._open_between(rows_in_block(away_WV, starts, block)))
+            flights.append(self._open_between(rows_in_block(away_WV, starts, block), block))
             await_rows(int(starts[block + 1]))
             inbox = self._collect(
                 Block(
@@ -121,7 +121,8 @@ class Merger:
                     lows_W=bounds_WB[:, block],
                     first_key=int(starts[block]),
                     sums_W=rows_in_block(home_W, starts, block),
-                )
+                ),
+                f"inside a node, block {block}",
             )
             self._send(inbox, flights[-1])
         num_sent = int(home_W[nodes.sources].sum())
@@ -134,7 +135,8 @@ class Merger:
                 lows_W=bounds_WB[:, -2],
                 first_key=0,
                 sums_W=home_W,
-            )
+            ),
+            "inside a node, at last",
         )
         return self._arrange(inbox, flights, home_WV[nodes.rank], starts)
 
@@ -156,17 +158,33 @@ class Merger:
         counts = np.ascontiguousarray(counts_BW, np.int32)
         return self._inside.gather_counts(self._tag, counts.ravel())[self._nodes.mates].reshape(-1, *counts.shape)
 
-    def _collect(self, block: Block) -> Inbox:
-        """Hand rows to the mates that forward them, and take those that this rank forwards."""
-        incoming = np.zeros(len(block.lows_W), np.int64)
-        for mate, served in zip(self._nodes.mates, block.served, strict=True):
-            incoming[mate] = block.counts_RW[:, served].sum()
-        exchange = self._inside.open(
-            self._tag, [everything(self._lane.row_bytes, incoming), everything(4, incoming)], agreed=True
+    def _open(self, transport: Transport, lanes: Sequence[Lane], which: str) -> Exchange:
+        if self._merge.open is not None:
+            return self._merge.open(transport, self._tag, lanes, which)
+        return transport.open(self._tag, lanes, agreed=True)
+
+    def _lanes_inside(self, block: Block) -> list[Lane]:
+        """Rows, and which sum each is for, sorted by (mate, rank served, key)."""
+        incoming, sent, starts, received = np.zeros((4, len(block.lows_W)), np.int64)
+        for local, (mate, served) in enumerate(zip(self._nodes.mates, block.served, strict=True)):
+            counts_R = block.counts_RW[:, served].sum(1)
+            incoming[mate], sent[mate] = counts_R.sum(), counts_R[self._local]
+            starts[mate] = counts_R[: self._local].sum()
+            received[mate] = block.counts_RW[local, block.served[self._local]].sum()
+        rows = Lane(
+            row_bytes=self._lane.row_bytes,
+            out_rows=incoming,
+            send_counts=sent,
+            send_starts=starts,
+            recv_counts=received,
         )
+        return [rows, replace(rows, row_bytes=4)]
+
+    def _collect(self, block: Block, which: str) -> Inbox:
+        """Hand rows to the mates that forward them, and take those that this rank forwards."""
+        exchange = self._open(self._inside, self._lanes_inside(block), which)
         for mate, served in zip(self._nodes.mates, block.served, strict=True):
-            rows, keys = exchange.target(0, int(mate)), exchange.target(1, int(mate))
-            at = int(block.counts_RW[: self._local, served].sum())
+            rows, keys, at = exchange.target(0, int(mate)), exchange.target(1, int(mate)), 0
             for rank in served:
                 low, count = int(block.lows_W[rank]), int(block.counts_RW[self._local, rank])
                 rows[at : at + count] = self._staged[low : low + count]
@@ -174,7 +192,7 @@ class Merger:
                 keys[at : at + count] = mine.view(torch.uint8).view(count, 4)
                 at += count
         exchange.commit()
-        rows, keys = exchange.wait()
+        rows, keys, *_ = exchange.wait()
         return Inbox(rows, self._tables(block, keys.view(torch.int32).view(-1).numpy()), exchange)
 
     def _tables(self, block: Block, keys: np.ndarray) -> dict[int, Tensor]:
@@ -188,9 +206,10 @@ class Merger:
                 at += count
         return {rank: torch.from_numpy(table) for rank, table in tables.items()}
 
-    def _open_between(self, sums_WV: np.ndarray) -> Exchange:
+    def _open_between(self, sums_WV: np.ndarray, block: int) -> Exchange:
         recv, send = self._nodes.counts_between(sums_WV)
-        return self._between.open(self._tag, [packed_lane(self._lane.row_bytes, send, recv)], agreed=True)
+        lanes = [packed_lane(self._lane.row_bytes, send, recv)]
+        return self._open(self._between, lanes, f"between nodes, block {block}")
 
     def _send(self, inbox: Inbox, flight: Exchange) -> None:
         """Sum what came for each rank served, and send it home."""

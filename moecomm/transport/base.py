@@ -44,11 +44,14 @@ class Merge:
     keys: (sum of send_counts,) int32 which row of its node's a row becomes, ascending for each destination; the keys
         that the ranks of a node have for one destination are 0 to n - 1 without a gap.
     recv_rows: (number of nodes,) rows that this rank gets from each node.
+    open: how to open the exchanges that rows, and then sums, cross in turn, given the last word on which of them it is;
+        None: as any other. All their lanes are contiguous.
     """
 
     dtype: torch.dtype
     keys: Tensor
     recv_rows: np.ndarray
+    open: Callable[[Transport, str, Sequence[Lane], str], Exchange] | None = None
 
 
 @dataclass(kw_only=True, eq=False)  # frozen would cost 2 us each
