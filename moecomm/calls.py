@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moecomm import autograd
-from moecomm.checks import Checker
+from moecomm.checks import Checker, is_one_of
 from moecomm.core import Core
 from moecomm.encoding import arranged, encoded, home_spec, only_padded, refuse_tracing_or_gradient, spec_of
 from moecomm.handle import Dispatched, PaddedHandle, Pending
@@ -46,7 +46,7 @@ class Calls:
         layout, align, handle, quant, out = options
         if self.survivors is not None and handle is None:
             topk_idx, topk_weights = self.survivors.mask(topk_idx, topk_weights)
-        if layout == "padded" or isinstance(handle, PaddedHandle):
+        if is_one_of(layout, ("padded",)) or isinstance(handle, PaddedHandle):
             refuse_options(self._check, layout, align)
             return self.padded.dispatch(x, topk_idx, topk_weights, handle, quant, out)
         core = self._core

@@ -77,9 +77,9 @@ class BufferConfig:
             raise self._refusal("dtype is no torch dtype", repr(self.dtype), "one such as torch.bfloat16")
         if not isinstance(self.transport, str):
             raise self._refusal("transport is no name", repr(self.transport), '"auto" or the name of a transport')
-        if self.reduce not in REDUCES:
+        if not is_one_of(self.reduce, REDUCES):
             raise self._refusal("reduce is unknown", repr(self.reduce), f"one of {REDUCES}")
-        if self.check not in CHECKS:
+        if not is_one_of(self.check, CHECKS):
             raise self._refusal("check is unknown", repr(self.check), f"one of {CHECKS}, also as MOECOMM_CHECK")
         is_number = isinstance(self.timeout_s, (int, float)) and not isinstance(self.timeout_s, bool)
         if not is_number or not 0 < self.timeout_s < float("inf"):
@@ -101,7 +101,7 @@ class BufferConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise self._refusal(f"{name} is no count", repr(value), "an integer of at least 1, or None")
-        if self.engine not in ENGINES:
+        if not is_one_of(self.engine, ENGINES):
             raise self._refusal("engine is unknown", repr(self.engine), f"one of {ENGINES}")
         if self.engine == "copy" and self.max_recv_tokens is not None:
             what, expected = "the copy engines need the host for every send", "max_recv_tokens=None"
@@ -121,7 +121,7 @@ class BufferConfig:
     ) -> BufferConfig:
         """Fill in what was left to the defaults, and check everything."""
         return cls(
-            transport=_env.transport() if transport == "auto" else transport,
+            transport=_env.transport() if is_one_of(transport, ("auto",)) else transport,
             timeout_s=_env.timeout_s() if timeout_s is None else timeout_s,
             placement=_placement(placement, rest["num_experts"], num_ranks),
             device=_device(device),
@@ -165,6 +165,11 @@ class BufferConfig:
                 told = [f"{textwrap.shorten(str(value), 200)} on ranks {ranks}" for value, ranks in ranks_of.items()]
                 lines.append(f"{name}: {', '.join(told)}")
         return "; ".join(lines)
+
+
+def is_one_of(value: Any, names: Sequence[str]) -> bool:
+    """Whether a value is one of these words; arrays compare with words, too, but not to yes or no."""
+    return isinstance(value, str) and value in names
 
 
 def configure(rank: int, num_ranks: int, **arguments: Any) -> BufferConfig | MoECommError:
@@ -213,7 +218,7 @@ def _placement(placement: Any, num_experts: Any, num_ranks: int) -> ExpertPlacem
     if not isinstance(placement, ExpertPlacement):
         try:
             placement = ExpertPlacement.explicit(placement)
-        except TypeError:
+        except (TypeError, RuntimeError):
             what, got = "placement is no list of expert lists", repr(placement)
             remedy = "list the global expert ids of each rank"
             raise ConfigError(what, got=got, expected="[[0, 1], [2, 3]]", remedy=remedy) from None
@@ -228,10 +233,9 @@ def _device(device: Any) -> torch.device:
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
         return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        what, got = "device is unknown", repr(device)
-        expected, remedy = 'one such as "cpu" or "cuda:0"', str(error).splitlines()[0]
-        raise ConfigError(what, got=got, expected=expected, remedy=remedy) from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        what, expected, remedy = "device is unknown", 'one such as "cpu" or "cuda:0"', str(error).splitlines()[0]
+        raise ConfigError(what, got=repr(device), expected=expected, remedy=remedy) from None
 
 
 def bad_id(token: int, k: int, got: int | str, num_experts: int, rank: int) -> RoutingError:
@@ -277,7 +281,7 @@ class Checker:
     def options(self, layout: Any, align: Any) -> None:
         """Check layout and align."""
         known = f"one of {LAYOUTS}"
-        if layout not in LAYOUTS:
+        if not is_one_of(layout, LAYOUTS):
             what, remedy = "layout is unknown", "correct layout"
             raise self.error(ConfigError, what, got=repr(layout), expected=known, remedy=remedy)
         if layout == "rank" and self.config.reduce == "source":
@@ -419,8 +423,8 @@ class Checker:
         kind: type[MoECommError] = ConfigError,
     ) -> Tensor:
         """Check type, shape (None: any length, a final ...: any rest), dtype and device."""
-        if not isinstance(value, Tensor):
-            got, expected = type(value).__name__, "a torch.Tensor"
+        if not isinstance(value, Tensor) or value.is_nested:
+            got, expected = "a nested tensor" if isinstance(value, Tensor) else type(value).__name__, "a torch.Tensor"
             raise self.error(kind, f"{name} is no tensor", got=got, expected=expected, remedy=_MEANT[name])
         wanted = shape[:-1] if shape[-1] is ... else shape
         ranks_agree = value.ndim >= len(wanted) if shape[-1] is ... else value.ndim == len(wanted)

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from moecomm.errors import ConfigError
 
+_MOST = 1 << 20  # experts, or ranks: their lists are written out on every rank
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlacement:
@@ -70,8 +72,10 @@ class ExpertPlacement:
         ((0, 1, 2), (3, 4))
         """
         for name, value in (("num_experts", num_experts), ("num_ranks", num_ranks)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is no count", got=repr(value), expected="an integer of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+                is_large = isinstance(value, int) and value > _MOST
+                expected = f"one of at most {_MOST}" if is_large else "an integer of at least 1"
+                raise ConfigError(f"{name} is no count", got=repr(value), expected=expected)
         base, extra = divmod(num_experts, num_ranks)
         starts = [rank * base + min(rank, extra) for rank in range(num_ranks + 1)]
         return cls(tuple(tuple(range(a, b)) for a, b in pairwise(starts)))
@@ -133,5 +137,5 @@ class ExpertPlacement:
 def _lists(name: str, given: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     try:
         return tuple(tuple(int(expert) for expert in experts) for experts in given)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} is no list of expert lists", got=given, expected="[[0, 1], [2, 3]]") from None
+    except (TypeError, ValueError, RuntimeError):  # the last one by tensors
+        raise ConfigError(f"{name} is no list of expert lists", got=str(given), expected="[[0, 1], [2, 3]]") from None

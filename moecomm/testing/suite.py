@@ -9,6 +9,7 @@ sums bit for bit with the oracle, and gradients against float64. Payloads say wh
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import platform
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 import moecomm
-from moecomm.errors import MoECommError
+from moecomm.errors import ConfigError, MoECommError
 from moecomm.group import Group
 from moecomm.testing.cases import CASES, Case, random_case
 from moecomm.testing.conformance import ConformanceResult, run_conformance
@@ -128,10 +129,16 @@ def run_suite(
     Returns:
         SuiteReport; `page()` is for reading, `ok` for scripts.
 
+    Raises:
+        ConfigError: minutes, rounds or seed are no such numbers, or a transport is unknown.
+
     >>> run_suite(minutes=0.001, transports=["local"], cases=[CASES["plain"]], rounds=1).page().splitlines()[-1]
     'right'
     """
     together, start = Group.resolve(group), time.monotonic()
+    _demand("minutes", minutes, "a positive number", isinstance(minutes, (int, float)) and 0 < minutes < math.inf)
+    _demand("rounds", rounds, "at least 1", isinstance(rounds, int) and rounds > 0)
+    _demand("seed", seed, "an integer from 0 to 2**62", isinstance(seed, int) and 0 <= seed <= 1 << 62)
     report = SuiteReport(environment=_environment(together), seed=seed)
     named = list(CASES.values() if cases is None else cases)
     names = list(TRANSPORTS) if transports is None else list(transports)
@@ -156,6 +163,13 @@ def run_suite(
         report.left_out[name] = max(0, len(named) - num_run)
     report.seconds = together.broadcast_object(time.monotonic() - start)
     return report
+
+
+def _demand(name: str, got: object, expected: str, is_right: bool) -> None:
+    """Refuse an argument under which little or nothing would run, or run for ever."""
+    if not is_right or isinstance(got, bool):
+        remedy = f"correct {name}"
+        raise ConfigError(f"{name} does not fit", got=repr(got), expected=expected, remedy=remedy, operation="suite")
 
 
 def _cases(named: Sequence[Case], seed: int) -> Iterator[Case]:

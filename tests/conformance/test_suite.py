@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moecomm.errors import ConfigError
 from moecomm.testing import CASES, RankPool
 from moecomm.testing.conformance import ConformanceResult, run_conformance
 from moecomm.testing.planted import PLANTED, find_planted
@@ -85,3 +86,19 @@ def test_the_first_wrong_place_is_on_the_page() -> None:
         report = run_suite(minutes=1e-9, transports=["local"], cases=[CASES["plain"]], rounds=1)
     assert not report.ok and report.page().endswith("WRONG")
     assert "dispatch: x: row 0, column 0: expected" in report.page() and "this row should be rank 0" in report.page()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"minutes": float("nan")}, "minutes does not fit: got nan; expected a positive number"),
+        ({"minutes": float("inf")}, "minutes does not fit"),
+        ({"rounds": 0}, "rounds does not fit: got 0; expected at least 1"),
+        ({"seed": 10**30}, "seed does not fit"),
+        ({"seed": True}, "seed does not fit"),
+        ({"transports": ["foo"]}, "transport is unknown: got 'foo'"),
+    ],
+)
+def test_what_would_run_nothing_or_for_ever_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_suite(**{"minutes": 0.001, **given})

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import moecomm
 
+with warnings.catch_warnings(action="ignore"):
+    NESTED = torch.nested.nested_tensor([torch.zeros(2, 4), torch.zeros(1, 4)])
 ODD: list[Any] = [
     None,
     True,
     -1,
     0,
     3,
+    2**31,
     2**63,
+    2**70,
     1.5,
     float("nan"),
     "expert",
+    "\ud800",
+    np.zeros((3, 4)),
+    np.int64(3),
     b"",
     [],
     (),
@@ -37,6 +46,7 @@ ODD: list[Any] = [
     torch.zeros(3, 4, dtype=torch.int8),
     torch.zeros(3, 4, dtype=torch.complex64),
     torch.zeros(3, 4).to_sparse(),
+    NESTED,
     torch.zeros(3, 4, device="meta"),
     torch.zeros(1 << 12, 4),
     (torch.zeros(3, 4), torch.zeros(3, 1)),
