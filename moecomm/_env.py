@@ -16,7 +16,7 @@ VARIABLES = {
 
 
 def _read(name: str) -> str:
-    return os.environ.get(name, VARIABLES[name][0])
+    return os.environ.get(name) or VARIABLES[name][0]
 
 
 def timeout_s() -> float:

@@ -218,10 +218,10 @@ def _placement(placement: Any, num_experts: Any, num_ranks: int) -> ExpertPlacem
     if not isinstance(placement, ExpertPlacement):
         try:
             placement = ExpertPlacement.explicit(placement)
-        except (TypeError, RuntimeError):
-            what, got = "placement is no list of expert lists", repr(placement)
+        except ConfigError as error:
+            what = error.what.replace("experts_of_rank", "placement")
             remedy = "list the global expert ids of each rank"
-            raise ConfigError(what, got=got, expected="[[0, 1], [2, 3]]", remedy=remedy) from None
+            raise ConfigError(what, got=error.got, expected=error.expected, remedy=remedy) from None
     if placement.num_ranks != num_ranks:
         what, got = "placement is for another number of ranks", placement.num_ranks
         raise ConfigError(what, got=got, expected=num_ranks, remedy="give each rank a list, if only an empty one")

@@ -140,7 +140,7 @@ class Core:
 
     def abort(self, reason: str) -> None:
         """Give up: peers that wait for this rank, and threads of this rank that wait, stop at once."""
-        what = f"rank {self.rank} called abort()" + (f": {reason}" if reason else "")
+        what = f"rank {self.rank} called abort()" + (f": {reason}" if f"{reason}" else "")
         self.aborted = AbortedError(what, rank=self.rank, operation="abort", peers=[self.rank])
         if not self.closed and self.failure is None:
             self.failure = self.aborted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import index
 
 from moecomm.errors import ConfigError
 
@@ -85,7 +86,8 @@ class ExpertPlacement:
         cls, experts_of_rank: Sequence[Sequence[int]], replicas_of_rank: Sequence[Sequence[int]] = ()
     ) -> ExpertPlacement:
         """Place experts as listed: `experts_of_rank[rank]` in local order; who else has their parameters."""
-        return cls(tuple(map(tuple, experts_of_rank)), tuple(map(tuple, replicas_of_rank)))
+        held, replicas = _lists("experts_of_rank", experts_of_rank), _lists("replicas_of_rank", replicas_of_rank)
+        return cls(held, replicas)
 
     def held_by(self, members: Sequence[int]) -> list[list[int]]:
         """The experts of each of these ranks when there are no others: its own in local order, then those taken over.
@@ -136,6 +138,6 @@ class ExpertPlacement:
 
 def _lists(name: str, given: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     try:
-        return tuple(tuple(int(expert) for expert in experts) for experts in given)
+        return tuple(tuple(index(expert) for expert in experts) for experts in given)
     except (TypeError, ValueError, RuntimeError):  # the last one by tensors
         raise ConfigError(f"{name} is no list of expert lists", got=str(given), expected="[[0, 1], [2, 3]]") from None

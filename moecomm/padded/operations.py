@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moecomm._compiled import compiled
-from moecomm.checks import FLOAT_DTYPES, BufferConfig, Checker
+from moecomm.checks import FLOAT_DTYPES, BufferConfig, Checker, is_one_of
 from moecomm.core import Core
 from moecomm.encoding import arranged, refuse_encoding, refuse_gradient, spec_of
 from moecomm.errors import CapacityError, ConfigError, RoutingError, StaleHandleError, UnsupportedError
@@ -26,10 +26,10 @@ from moecomm.rows import empty_rows
 
 def refuse_options(check: Checker, layout: Any, align: Any) -> None:
     """Refuse what does not go with layout "padded", or with a handle of such a dispatch."""
-    if layout not in ("padded", "expert"):
+    if not is_one_of(layout, ("padded", "expert")):
         what, remedy = "a handle replays its own layout", "leave layout out"
         raise check.error(ConfigError, what, got=repr(layout), expected="'padded'", remedy=remedy)
-    if align != 1:
+    if not isinstance(align, int) or align != 1:
         what, remedy = 'layout "padded" has no groups to align', "leave align out"
         raise check.error(UnsupportedError, what, got=f"align={align!r}", expected="align=1", remedy=remedy)
 
@@ -179,6 +179,11 @@ class PaddedOperations:
     def combine_input(self, handle: PaddedHandle) -> Tensor:
         """(L, W * M, H) memory of the buffer: rows written there go home without a copy."""
         self._core.check_usable()
+        if not isinstance(handle, PaddedHandle):
+            what, got = "handle is no PaddedHandle", type(handle).__name__
+            raise self._error(
+                ConfigError, what, got, 'what dispatch gave in layout "padded"', "pass `out.handle` of one"
+            )
         return self.mover.home_rows(self._of(handle), ((self._core.dtype, self.shape[2:]),))[0]
 
     # -- checks ---------------------------------------------------------------------------------------------------
@@ -194,7 +199,7 @@ class PaddedOperations:
 
     def _plain(self, tensor: Any, width: int, dtype: torch.dtype) -> int:
         """Rows of a tensor that may be read as it is, or -1: the quick answer, for what is right."""
-        if type(tensor) is not Tensor or tensor.dtype != dtype or tensor.is_cpu != self._on_host:
+        if type(tensor) is not Tensor or tensor.dtype != dtype or tensor.is_cpu != self._on_host or tensor.is_nested:
             return -1
         shape = tensor.shape
         if len(shape) != 2 or shape[1] != width or not tensor.is_contiguous() or tensor.is_neg():

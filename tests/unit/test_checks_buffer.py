@@ -68,7 +68,8 @@ WRONG_BUFFERS = [
     WrongBuffer({"placement": [[0, 1, 1, 3]]}, "experts_of_rank does not hold .*", ".*", "each id from 0 to 3 once"),
     WrongBuffer({"placement": 4}, "placement is no list of expert lists", "4", ".*"),
     WrongBuffer({"placement": [0, 1, 2, 3]}, "placement is no list of expert lists", ".*", ".*"),
-    WrongBuffer({"placement": [["a", "b", "c", "d"]]}, "experts_of_rank is no list of expert lists", ".*", ".*"),
+    WrongBuffer({"placement": [["a", "b", "c", "d"]]}, "placement is no list of expert lists", ".*", ".*"),
+    WrongBuffer({"placement": [[0, 1.5, 2, 3]]}, "placement is no list of expert lists", ".*", ".*"),
     WrongBuffer(
         {"transport": "collective"},
         "transport 'collective' does not work here",

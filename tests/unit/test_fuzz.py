@@ -72,14 +72,17 @@ def arguments_of_dispatch(pick: random.Random, out: Any) -> dict[str, Any]:
         "align": 1,
         "handle": None,
         "quant": None,
+        "out": None,
     }
+    if pick.random() < 0.3:
+        good["layout"] = "padded"
     for name in pick.sample(sorted(good), pick.randint(1, 2)):
         good[name] = pick.choice([*ODD, out.handle])
     return good
 
 
 def arguments_of_combine(pick: random.Random, out: Any) -> dict[str, Any]:
-    good = {"rows": out.x, "handle": out.handle, "weighted": None, "bias": None}
+    good = {"rows": out.x, "handle": out.handle, "weighted": None, "bias": None, "quant": None, "out": None}
     for name in pick.sample(sorted(good), pick.randint(1, 2)):
         good[name] = pick.choice(ODD)
     return good
@@ -142,3 +145,13 @@ def test_any_order_of_calls() -> None:
             except moecomm.MoECommError as error:
                 assert str(error)
         buffer.close()
+
+
+def test_odd_handles_and_reasons() -> None:
+    for odd in ODD:
+        buffer = moecomm.Buffer(**SHAPE)
+        with pytest.raises(moecomm.ConfigError, match="handle is no PaddedHandle"):
+            buffer.combine_input(odd)
+        buffer.abort(odd)
+        with pytest.raises(moecomm.AbortedError):
+            right_step(buffer)
