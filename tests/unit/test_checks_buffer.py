@@ -65,7 +65,7 @@ WRONG_BUFFERS = [
     WrongBuffer({"device": 1.5}, "device is unknown", "1.5", ".*cpu.*"),
     WrongBuffer({"placement": [[0, 1, 2]]}, "placement holds another number of experts", "3", "num_experts=4"),
     WrongBuffer({"placement": [[0, 1], [2, 3]]}, "placement is for another number of ranks", "2", "1"),
-    WrongBuffer({"placement": [[0, 1, 1, 3]]}, "experts_of_rank does not hold .*", ".*", "each id from 0 to 3 once"),
+    WrongBuffer({"placement": [[0, 1, 1, 3]]}, "placement does not hold .*", ".*", "each id from 0 to 3 once"),
     WrongBuffer({"placement": 4}, "placement is no list of expert lists", "4", ".*"),
     WrongBuffer({"placement": [0, 1, 2, 3]}, "placement is no list of expert lists", ".*", ".*"),
     WrongBuffer({"placement": [["a", "b", "c", "d"]]}, "placement is no list of expert lists", ".*", ".*"),
