@@ -169,7 +169,13 @@ def _know_what_operations_give() -> None:
         return common_types[key]
 
     def cast_quickly(value: Any, to: Any, *args: Any, **options: Any) -> Any:
-        return value if value.dtype is to else cast(value, to, *args, **options)
+        if value.dtype is to:
+            return value
+        if value.dtype is core.int32 and to is core.int64:  # every offset of a row
+            kind = value.type
+            wide = kind.with_element_ty(to) if kind.__class__ is core.block_type else to
+            return core.tensor(interpreter.interpreter_builder.create_int_cast(value.handle, to, True), wide)
+        return cast(value, to, *args, **options)
 
     semantic.binary_op_type_checking_impl = check_quickly
     semantic.computation_type_impl = known_common
