@@ -199,9 +199,12 @@ class PaddedOperations:
 
     def _plain(self, tensor: Any, width: int, dtype: torch.dtype) -> int:
         """Rows of a tensor that may be read as it is, or -1: the quick answer, for what is right."""
-        if type(tensor) is not Tensor or tensor.dtype != dtype or tensor.is_cpu != self._on_host or tensor.is_nested:
+        if type(tensor) is not Tensor or tensor.dtype != dtype or tensor.is_cpu != self._on_host:
             return -1
-        shape = tensor.shape
+        try:
+            shape = tensor.shape
+        except RuntimeError:  # a nested tensor has none
+            return -1
         if len(shape) != 2 or shape[1] != width or not tensor.is_contiguous() or tensor.is_neg():
             return -1
         return -1 if torch.is_grad_enabled() and tensor.requires_grad else shape[0]
