@@ -11,15 +11,18 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import cache
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 Kernel = Callable[..., int]
+Words = Callable[[IntEnum], ir.Value]  # see `words`
 
 BOOL, I8, I16, I32, I64 = map(ir.IntType, (1, 8, 16, 32, 64))
 LINE_BYTES = 64
+_MONOTONIC = 1  # linux/time.h
 
 
 @dataclass
@@ -76,6 +79,50 @@ def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value, streaming: bool =
     stored = b.store(value, b.inttoptr(address, value.type.as_pointer()), align=LINE_BYTES if streaming else 1)
     if streaming:
         stored.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
+
+
+def words(b: ir.IRBuilder, table: ir.Value) -> Words:
+    """Load int64 words of a table where the function begins, each at most once.
+
+    A kernel with many arguments that hardly ever change takes them from a table: handing them over takes longer.
+    """
+    loaded: dict[IntEnum, ir.Value] = {}
+
+    def word(name: IntEnum) -> ir.Value:
+        if name not in loaded:
+            with b.goto_entry_block():
+                loaded[name] = index_at(b, table, i64(name), 64)
+        return loaded[name]
+
+    return word
+
+
+def set_word(b: ir.IRBuilder, table: ir.Value, name: IntEnum, value: ir.Value) -> None:
+    store(b, value, b.add(table, i64(8 * name)))
+
+
+def copy_bytes(b: ir.IRBuilder, out: ir.Value, src: ir.Value, num_bytes: ir.Value) -> None:
+    pointer = I8.as_pointer()
+    memcpy = b.module.declare_intrinsic("llvm.memcpy", [pointer, pointer, I64])
+    b.call(memcpy, [b.inttoptr(out, pointer), b.inttoptr(src, pointer), num_bytes, ir.Constant(BOOL, 0)])
+
+
+def call(b: ir.IRBuilder, kernel: Kernel, *args: ir.Value) -> ir.Value:
+    """Call another kernel, without a way back through Python."""
+    address = ctypes.cast(kernel, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert address is not None, "a kernel has an address"
+    kind = ir.FunctionType(I64, [I64] * len(args))
+    return b.call(b.inttoptr(i64(address), kind.as_pointer()), args)
+
+
+def clock_ns(b: ir.IRBuilder) -> ir.Value:
+    """Nanoseconds of `time.monotonic`."""
+    kind = ir.FunctionType(I32, [I32, I8.as_pointer()])
+    clock_gettime = b.module.globals.get("clock_gettime") or ir.Function(b.module, kind, "clock_gettime")
+    with b.goto_entry_block():
+        moment = b.alloca(I64, i64(2))
+    b.call(clock_gettime, [ir.Constant(I32, _MONOTONIC), b.bitcast(moment, I8.as_pointer())])
+    return b.add(b.mul(b.load(moment), i64(1_000_000_000)), b.load(b.gep(moment, [i64(1)])))
 
 
 # --- from a module to a callable ----------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def copy_kernel(src_index_bits: int, out_index_bits: int, streaming: bool) -> Ke
             wrong = b.or_(b.icmp_signed(">=", source, num_src), b.icmp_signed(">=", target, num_out))
             refuse(b, wrong, entry.i)
             rows = row_at(b, out, target, out_stride), row_at(b, src, source, src_stride), upcoming
-            _copy_row(b, *rows, row_bytes, streaming)
+            copy_row(b, *rows, row_bytes, streaming)
     return finish(fn, b, streaming)
 
 
@@ -94,7 +94,7 @@ def scatter_kernel(src_index_bits: int, slot_bits: int) -> Kernel:
             wrong = b.or_(b.icmp_unsigned(">=", source, num_src), b.icmp_unsigned(">=", target, most))
             refuse(b, wrong, entry.i)
             source_row = row_at(b, src, source, row_bytes)
-            _copy_row(b, row_at(b, out, target, row_bytes), source_row, source_row, row_bytes, False)
+            copy_row(b, row_at(b, out, target, row_bytes), source_row, source_row, row_bytes, False)
         section.next = [last]
     return finish(fn, b)
 
@@ -133,7 +133,7 @@ def sort_kernel(src_index_bits: int, out_index_bits: int) -> Kernel:
     return finish(fn, b, False)
 
 
-def _copy_row(
+def copy_row(
     b: ir.IRBuilder, out: ir.Value, src: ir.Value, upcoming: ir.Value, row_bytes: ir.Value, streaming: bool
 ) -> None:
     """Stream whole blocks; the rest, or everything, is left to memcpy of the C library, which knows the machine."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moecomm import autograd
+from moecomm._compiled import compiled
 from moecomm.checks import Checker, is_one_of
 from moecomm.core import Core
 from moecomm.encoding import arranged, encoded, home_spec, only_padded, refuse_tracing_or_gradient, spec_of
@@ -40,6 +41,7 @@ class Calls:
             integrity.attach(core, check.config.check)
         self.padded = core.padded = PaddedOperations(core, check)
         self.survivors: Survivors | None = None  # once the buffer shrank
+        self._express = _express_of(core, check)
 
     def dispatch(self, x: Any, topk_idx: Any, topk_weights: Any, *options: Any, wait: bool) -> Pending[Dispatched]:
         """`Buffer.dispatch`; wait: whether the caller waits at once."""
@@ -48,8 +50,13 @@ class Calls:
             topk_idx, topk_weights = self.survivors.mask(topk_idx, topk_weights)
         if is_one_of(layout, ("padded",)) or isinstance(handle, PaddedHandle):
             refuse_options(self._check, layout, align)
-            return self.padded.dispatch(x, topk_idx, topk_weights, handle, quant, out)
-        core = self._core
+            return self.padded.dispatch(x, topk_idx, topk_weights, handle, quant, out, wait=wait)
+        core, is_plain = self._core, handle is None and quant is None and out is None
+        is_plain = is_plain and is_one_of(layout, ("expert",)) and type(align) is int and align == 1
+        if wait and is_plain and self._express is not None:
+            quickly = self._express.dispatch(x, topk_idx, topk_weights)
+            if quickly is not None:
+                return Pending(lambda: quickly)
         core.check_usable()
         only_padded(self._check, out=out)
         spec = spec_of(quant, self._check)
@@ -83,7 +90,11 @@ class Calls:
     ) -> Pending[Tensor]:
         """`Buffer.combine`; wait: whether the caller waits at once."""
         if isinstance(handle, PaddedHandle):
-            return self.padded.combine(rows, handle, weighted, bias, quant, out)
+            return self.padded.combine(rows, handle, weighted, bias, quant, out, wait=wait)
+        if wait and self._express is not None and quant is None and out is None:
+            summed = self._express.combine(rows, handle, weighted, bias)
+            if summed is not None:
+                return Pending(lambda: summed)
         self._core.check_usable()
         only_padded(self._check, out=out)
         use_weights = self._check.combine(rows, handle, weighted, bias)
@@ -108,6 +119,15 @@ class Calls:
         if started >= 0:
             weakref.finalize(finish, self._core.started.pop, started, None).atexit = False
         return Pending(finish)
+
+
+def _express_of(core: Core, check: Checker) -> Any:
+    """The quick way of a buffer, where ranks share memory and loops can be compiled; else None."""
+    if core.transport.name != "symmetric" or compiled("moecomm._express_jit") is None:
+        return None
+    from moecomm.express import Express
+
+    return Express.of(core, check)
 
 
 def _packed(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from moecomm.errors import AbortedError, MoECommError, PeerLostError, StaleHandleError
@@ -18,7 +19,7 @@ from moecomm.plan import PlacementTables
 from moecomm.transport.base import Transport
 from moecomm.watchdog import announce
 
-_is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled  # 0.1 us
+is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled  # 0.1 us
 
 
 class Phase:
@@ -35,7 +36,7 @@ class Phase:
 
     def __enter__(self) -> None:
         self._shown = None
-        if _is_profiling():
+        if is_profiling():
             self._shown = record_function(f"moecomm::{self._name}")
             self._shown.__enter__()
             self._before = self._core.bytes_sent()
@@ -46,6 +47,23 @@ class Phase:
         if self._shown is not None:
             self._core.show_bytes(self._before)
             self._shown.__exit__(None, None, None)
+
+
+def plain_rows(tensor: Any, width: int, dtype: torch.dtype, *, on_host: bool = True) -> int:
+    """Rows of an (N, width) tensor that may be read as it is, or -1: the quick answer, for what is right.
+
+    >>> plain_rows(torch.zeros(3, 2), 2, torch.float32), plain_rows(torch.zeros(3, 2).T, 3, torch.float32)
+    (3, -1)
+    """
+    if type(tensor) is not Tensor or tensor.dtype != dtype or tensor.is_cpu != on_host:
+        return -1
+    try:
+        shape = tensor.shape
+    except RuntimeError:  # it is nested; to ask would be one call more, and they are counted (docs/design/decode.md)
+        return -1
+    if len(shape) != 2 or shape[1] != width or not tensor.is_contiguous() or tensor.is_neg():
+        return -1
+    return -1 if torch.is_grad_enabled() and tensor.requires_grad else shape[0]
 
 
 @dataclass(eq=False)
@@ -93,7 +111,7 @@ class Core:
     def show_bytes(self, before: tuple[int, int]) -> None:
         """Tell the profiler, if there is one, what was sent since then."""
         local, remote = (now - then for now, then in zip(self.bytes_sent(), before, strict=True))
-        if (local or remote) and _is_profiling():
+        if (local or remote) and is_profiling():
             with record_function(f"moecomm::bytes local={local} remote={remote}"):
                 pass
 
@@ -106,7 +124,23 @@ class Core:
 
     def arrived(self, rows_L: np.ndarray) -> None:
         """Count the rows that arrived for each expert of this rank."""
-        self.rows_of_expert = rows_L.astype(np.int64) if self.rows_of_expert is None else self.rows_of_expert + rows_L
+        if self.rows_of_expert is None:
+            self.rows_of_expert = np.zeros(len(rows_L), np.int64)
+        self.rows_of_expert += rows_L
+
+    def count_lanes(self, lanes: Sequence[tuple[int, int, int]]) -> None:
+        """Count what lanes move: rows in all, those to this rank itself, bytes of one. Rows are those of the first."""
+        counters = self.counters
+        counters["rows_local"] += lanes[0][1]
+        counters["rows_remote"] += lanes[0][0] - lanes[0][1]
+        for total, local, row_bytes in lanes:
+            counters["bytes_local"] += local * row_bytes
+            counters["bytes_remote"] += (total - local) * row_bytes
+
+    def took(self, ns_of_phase: Mapping[str, int]) -> None:
+        """Add nanoseconds to phases."""
+        for name, took_ns in ns_of_phase.items():
+            self.phase_s[name] += took_ns / 1e9
 
     def check_usable(self) -> None:
         """Refuse to begin anything on a buffer that was closed, or that failed earlier."""

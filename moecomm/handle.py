@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar, final
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -15,9 +15,41 @@ _STATIC = ("layout", "align", "buffer_id")
 _PADDED_STATIC = ("number", "buffer_id")
 
 
+class Deferred:
+    """Base of a frozen dataclass of tensors that need not be made before somebody asks for the first of them.
+
+    Most of what a dispatch knows is asked for by gradients and replays only, and a tensor takes as long to make as a
+    row to copy.
+    """
+
+    __slots__ = ("_maker",)
+
+    @classmethod
+    def later(cls, maker: Any, **known: Any) -> Any:
+        """An instance with some fields; `maker.fields_of(cls)` gives the others by name."""
+        made = object.__new__(cls)
+        object.__setattr__(made, "_maker", maker)
+        for name, value in known.items():
+            object.__setattr__(made, name, value)
+        return made
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            fields_of = getattr(self, "_maker", None)
+            missing = {} if fields_of is None else fields_of.fields_of(type(self))
+            if name not in missing:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            for field_name, value in missing.items():
+                object.__setattr__(self, field_name, value)
+            return missing[name]
+
+
 @final
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class DispatchHandle:
+class DispatchHandle(Deferred):
     """A routing that has been planned: lead rows home with it, or replay it on other rows.
 
     A pytree of tensors; it may be stored, moved through a custom op and used any number of times. S: entries sent,
@@ -116,7 +148,7 @@ class PaddedHandle:
 
 @final
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class Dispatched:
+class Dispatched(Deferred):
     """What this rank received. N rows; a pytree of tensors.
 
     x: (N, H) rows, bit-identical to the sent ones; a pair (rows, scales) if a pair was dispatched. Padding rows are 0.

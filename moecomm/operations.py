@@ -195,13 +195,7 @@ def _on(device: torch.device, values: np.ndarray) -> Tensor:
 
 def count_traffic(core: Core, lanes: Sequence[Lane]) -> None:
     """Count the rows and bytes that this rank sends; those to itself apart."""
-    for number, lane in enumerate(lanes):
-        local, total = int(lane.send_counts[core.rank]), lane.num_sent
-        core.counters["bytes_local"] += local * lane.row_bytes
-        core.counters["bytes_remote"] += (total - local) * lane.row_bytes
-        if number == 0:
-            core.counters["rows_local"] += local
-            core.counters["rows_remote"] += total - local
+    core.count_lanes([(lane.num_sent, int(lane.send_counts[core.rank]), lane.row_bytes) for lane in lanes])
 
 
 # -- dispatch ----------------------------------------------------------------------------------------------------

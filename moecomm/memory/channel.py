@@ -16,7 +16,7 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NoReturn, final
@@ -27,7 +27,9 @@ from moecomm import errors
 from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError, rank_names
 from moecomm.group import Group
 from moecomm.memory.handshake import connect_error, meet
-from moecomm.memory.mail import Kind, Mail, cut_tag
+from moecomm.memory.mail import STOP, WAIT, WAKE, Kind, Mail, cut_tag
+
+Steps = Sequence[Callable[[int], int]]
 
 _MESSAGE_BYTES = 64 * 1024
 _REASON_CHARS = 4096
@@ -69,10 +71,10 @@ class Channel:
         self._said: dict[int, dict[Signal, Message]] = {peer: {} for peer in self.peers}
         self._lost: set[int] = set()
         self._first_tickets: dict[int, int] = {}
-        self._num_gathered = 0
+        self.num_gathered = 0
         self._given_up: MoECommError | None = None
-        self._all_done = -1  # the last operation whose rows are known to be here
-        self._last = 0, ""  # sequence number and tag of the last exchange
+        self.num_done = 0  # exchanges whose rows are known to be here
+        self.last = 0, ""  # sequence number and tag of the last exchange
         self._poll = select.poll()
         self._rank_of_fd: dict[int, int] = {}
         try:
@@ -92,8 +94,8 @@ class Channel:
         """All-gather (C,) int32 counts into (W, C) before operation `seq`; 0 from ranks that are not on this host."""
         size, parts = self._box().payload_bytes // 4, []
         for at in range(0, max(len(counts), 1), size):
-            number, part = self._num_gathered, counts[at : at + size]
-            self._num_gathered += 1
+            number, part = self.num_gathered, counts[at : at + size]
+            self.num_gathered += 1
             self.post(Kind.ARRIVE, number, seq, tag, -1, part)
             self.wait(Kind.ARRIVE, number, seq, tag)
             parts.append(self._box().gathered(number, len(part)))
@@ -103,19 +105,19 @@ class Channel:
         """Wait until every peer has said where it wants the rows of exchange `number`."""
         if not number:
             return self._first_tickets
-        if self._all_done < number - 1:
-            self.wait(Kind.DONE, number - 1, *self._last)
+        if self.num_done < number:
+            self.wait(Kind.DONE, number - 1, *self.last)
         return self._box().tickets(number - 1)
 
     def done(self, number: int, seq: int, tag: str, ticket: int) -> None:
         """Say that this rank's rows of exchange `number` are written, and where it wants those of the next one."""
-        self._last = seq, tag
+        self.last = seq, tag
         self.post(Kind.DONE, number, seq, tag, ticket)
 
     def all_done(self, number: int, seq: int, tag: str) -> None:
         """Wait until all peers have written their rows of an exchange."""
         self.wait(Kind.DONE, number, seq, tag)
-        self._all_done = max(self._all_done, number)
+        self.num_done = max(self.num_done, number + 1)
 
     def abort(self, error: MoECommError, tag: str = "") -> None:
         """Tell every peer that can be told why this rank gives up, and (tag) what it was doing."""
@@ -182,6 +184,11 @@ class Channel:
 
     # -- waiting -------------------------------------------------------------------------------------------------
 
+    @property
+    def mail(self) -> Mail | None:
+        """The letter boxes, while the channel is open."""
+        return self._mail
+
     def _box(self) -> Mail:
         if self._mail is None:
             what = f"{rank_names(self.peers)} cannot be reached from a forked process"
@@ -192,14 +199,21 @@ class Channel:
         self, kind: Kind, number: int, seq: int, tag: str, ticket: int = -1, counts: np.ndarray | None = None
     ) -> None:
         """Send letter `number` of a kind, in operation `seq`, to all peers; wake those that sleep."""
-        for peer in self._box().post(kind, number, seq=seq, tag=tag, ticket=ticket, payload=counts):
+        self.wake(self._box().post(kind, number, seq=seq, tag=tag, ticket=ticket, payload=counts))
+
+    def wake(self, asleep: Sequence[int]) -> None:
+        """Wake peers that sleep and have a letter now."""
+        for peer in asleep:
             # It has unread messages, which wake it as well; or it is gone, which reading will tell.
             with contextlib.suppress(OSError):
                 self._send(peer, Signal.WAKE)
 
-    def wait(self, kind: Kind, number: int, seq: int, tag: str) -> None:
-        """Wait until all peers have sent that letter, and see that they do the same in operation `seq`."""
-        mail, patient = self._box(), True
+    def wait(self, kind: Kind, number: int, seq: int, tag: str, *, patient: bool = True) -> None:
+        """Wait until all peers have sent that letter, and see that they do the same in operation `seq`.
+
+        patient: look for a while; False where machine code has done so.
+        """
+        mail = self._box()
         start = time.monotonic()
         try:
             while not mail.has_all(kind, number, patient=patient):
@@ -222,6 +236,26 @@ class Channel:
                 mail.woke()
         if not mail.agrees(kind, number, tag):
             self._check_agreement(seq, tag)
+
+    def run(self, steps: Steps, table: int, letters: Mapping[int, tuple[Kind, int]], seq: int, tag: str) -> int:
+        """Run an operation that is a chain of compiled steps, from step 0 on; 0, or at least `STOP`: what is wrong.
+
+        Each step ends by calling the next one, unless there is something to do first: then it gives the number of that
+        step, plus `WAKE` (who sleeps and has a letter now) or `WAIT` (for `letters` of that step, that did not come
+        soon or say something else).
+        """
+        mail = self._box()
+        mail.draft(tag)
+        code = steps[0](table)
+        while 0 < code < STOP:
+            if code & WAIT:
+                code -= WAIT
+                self.wait(*letters[code], seq, tag, patient=False)
+            else:
+                code -= WAKE
+                self.wake(mail.asleep())
+            code = steps[code](table)
+        return code
 
     def _check_agreement(self, seq: int, tag: str) -> None:
         tags = [tag] * self.group.size

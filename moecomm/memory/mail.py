@@ -24,6 +24,7 @@ from torch import Tensor
 from moecomm._compiled import compiled
 
 PLACES = 4
+WAKE, WAIT, STOP = 16, 32, 1 << 40  # what a step of an operation gives, see `Channel.run`
 TAG_BYTES = 192
 _FLAG_BYTES = 64
 _HEAD_BYTES = 64  # words: stamp, sequence number, check sum of the tag, ticket, bytes of the tag; the rest is free
@@ -99,19 +100,27 @@ class Mail:
         self._flag = mine[:8].view(np.int64)
         self._flag[0] = self._jit is None
         self._draft = np.zeros(self._stride, np.uint8)
-        self._draft_head = self._draft[:_HEAD_BYTES].view(np.int64)
+        self._draft_bytes, self._draft_head = memoryview(self._draft), self._draft[:_HEAD_BYTES].view(np.int64)
         self._draft_tag = ""
         self._asleep = np.zeros(len(boxes), np.int64)
         self._clock = np.zeros(1 + 2 * len(self.peers), np.int64)  # see `_mail_jit.await_kernel`
         order = [rank, *self.peers]
         self._flags = np.array([boxes[to].data_ptr() for to in order], np.int64)
-        self._addresses = [int(array.ctypes.data) for array in (self._draft, self._flags, self._asleep, self._clock)]
-        self._box = int(self._flags[0])
+        self._clock_at, self._box = int(self._clock.ctypes.data), int(self._flags[0])
         place = np.arange(len(Kind) * PLACES * num_ranks).reshape(shape[:3]) * self._stride + _FLAG_BYTES
         # (kind, place) -> where this rank writes in every box, and where peers write in this one.
         self._outward = np.ascontiguousarray(self._flags + place[..., rank, None])
         self._inward = np.ascontiguousarray(boxes[rank].data_ptr() + place[..., self.peers])
-        self._starts = int(self._outward.ctypes.data), int(self._inward.ctypes.data)
+        self._inward_at = int(self._inward.ctypes.data)
+        self.words = self._table() if self.is_fast else np.empty(0, np.int64)
+
+    def _table(self) -> np.ndarray:
+        """What machine code knows of these boxes: words of `_mail_jit.Box`."""
+        assert self._jit is not None
+        known = {"COUNT": len(self._flags), "FIXED_BYTES": _FIXED_BYTES, "FLAG": self._box, "TRIES": _TRIES}
+        for name in ("OUTWARD", "INWARD", "DRAFT", "FLAGS", "ASLEEP", "CLOCK"):
+            known[name] = int(getattr(self, f"_{name.lower()}").ctypes.data)
+        return np.array([known[word.name] for word in self._jit.Box], np.int64)
 
     @property
     def is_fast(self) -> bool:
@@ -122,27 +131,33 @@ class Mail:
         self, kind: Kind, number: int, *, seq: int, tag: str, ticket: int = -1, payload: np.ndarray | None = None
     ) -> Sequence[int]:
         """Send letter `number` of a kind to all, this rank included; the peers that sleep and must be woken."""
-        if tag != self._draft_tag:
-            name = tag.encode()[:TAG_BYTES]
-            self._draft[_HEAD_BYTES : _HEAD_BYTES + len(name)] = np.frombuffer(name, np.uint8)
-            self._draft_tag, self._draft_head[2], self._draft_head[4] = tag, zlib.crc32(name), len(name)
+        self.draft(tag)
+        if self._jit is not None:
+            size, data = (0, 0) if payload is None else (payload.nbytes, payload.ctypes.data)
+            given = place_of(kind, number), number + 1, seq, ticket, data, size
+            return self.asleep() if self._jit.send_kernel()(self.words.ctypes.data, *given) else []
         self._draft_head[1], self._draft_head[3] = seq, ticket
         size = _FIXED_BYTES
         if payload is not None:
-            data = payload.view(np.uint8)
-            self._draft[size : size + len(data)] = data
-            size += len(data)
-        if self._jit is None:
-            places = self._outward[kind, number % PLACES] - self._flags
-            for box, place in zip((self.rank, *self.peers), places, strict=True):
-                target = self._boxes[box].numpy()[place : place + size]
-                target[:8] = 0
-                target[8:] = self._draft[8:size]
-                target[:8].view(np.int64)[0] = number + 1
-            return self.peers
-        draft, flags, asleep, _ = self._addresses
-        places = self._starts[0] + 8 * len(self._flags) * _place(kind, number)
-        self._jit.post_kernel()(len(self._flags), places, draft, size, number + 1, flags, asleep)
+            self._draft[size : size + payload.nbytes] = payload.view(np.uint8)
+            size += payload.nbytes
+        places = self._outward[kind, number % PLACES] - self._flags
+        for box, place in zip((self.rank, *self.peers), places, strict=True):
+            target = self._boxes[box].numpy()[place : place + size]
+            target[:8] = 0
+            target[8:] = self._draft[8:size]
+            target[:8].view(np.int64)[0] = number + 1
+        return self.peers
+
+    def draft(self, tag: str) -> None:
+        """Prepare letters that say so: those that machine code posts, and against which it compares what comes."""
+        if tag != self._draft_tag:
+            name = tag.encode()[:TAG_BYTES]
+            self._draft_bytes[_HEAD_BYTES : _HEAD_BYTES + len(name)] = name
+            self._draft_tag, self._draft_head[2], self._draft_head[4] = tag, zlib.crc32(name), len(name)
+
+    def asleep(self) -> list[int]:
+        """The peers that slept when this rank last posted a letter."""
         return [peer for peer, sleeps in zip(self.peers, self._asleep[1:].tolist(), strict=True) if sleeps]
 
     def has_all(self, kind: Kind, number: int, *, patient: bool = True) -> bool:
@@ -152,9 +167,9 @@ class Mail:
         """
         if self._jit is None:
             return self._look(kind, number, begins=patient)
-        places = self._starts[1] + 8 * len(self.peers) * _place(kind, number)
+        places = self._inward_at + 8 * len(self.peers) * place_of(kind, number)
         tries, flag = _TRIES if patient else 0, self._box
-        return bool(self._jit.await_kernel()(len(self.peers), places, number + 1, tries, flag, self._addresses[3]))
+        return bool(self._jit.await_kernel()(len(self.peers), places, number + 1, tries, flag, self._clock_at))
 
     def _look(self, kind: Kind, number: int, *, begins: bool) -> bool:
         """`_mail_jit.await_kernel` without compiler, and without patience."""
@@ -225,14 +240,28 @@ class Mail:
         tickets = self._heads[Kind.DONE, number % PLACES, :, 3].tolist()
         return {peer: tickets[peer] for peer in self.peers}
 
+    def letter_at(self, kind: Kind, number: int) -> int:
+        """Where letter `number` from rank 0 lies; those of the other ranks follow, `stride` bytes from each other."""
+        return int(self._heads[kind, number % PLACES].ctypes.data)
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one letter to the next."""
+        return self._stride
+
     def payload_at(self, kind: Kind, number: int) -> tuple[int, int]:
         """Where the payload of letter `number` from rank 0 lies, and the bytes from there to that of rank 1."""
-        return int(self._payloads[kind, number % PLACES].ctypes.data), self._stride
+        return self.letter_at(kind, number) + _FIXED_BYTES, self._stride
 
     def gathered(self, number: int, count: int) -> np.ndarray:
         """(num_ranks, count) int32 payloads of the letters ARRIVE of that number, 0 from who has no box here."""
         return self._payloads[Kind.ARRIVE, number % PLACES, :, : 4 * count].view(np.int32).copy()
 
 
-def _place(kind: Kind, number: int) -> int:
+def place_of(kind: Kind, number: int) -> int:
+    """The place of letter `number` of a kind, as machine code counts them.
+
+    >>> place_of(Kind.DONE, 5)
+    5
+    """
     return kind * PLACES + number % PLACES

@@ -6,13 +6,27 @@ over twenty of them would take longer than some kernels run. Legend: see `moecom
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
 
 from llvmlite import ir
 
-from moecomm._jit import BOOL, I8, I32, I64, Kernel, finish, function, i64, index_at, loop, refuse, row_at, store
+from moecomm._jit import (
+    I32,
+    I64,
+    Kernel,
+    copy_bytes,
+    finish,
+    function,
+    i64,
+    index_at,
+    loop,
+    refuse,
+    row_at,
+    store,
+    words,
+)
+from moecomm._rows_jit import copy_row
 
 TOO_MANY = 1 << 40  # beside the entry: its expert has no slot left
 
@@ -80,15 +94,18 @@ def check_kernel(index_bits: int) -> Kernel:
 
 
 @cache
-def send_kernel(index_bits: int) -> Kernel:
-    """Compile: find the place of every entry, then write payloads there; `check_kernel` says that there are places."""
+def send_kernel(index_bits: int, streaming: bool = False) -> Kernel:
+    """Compile: find the place of every entry, then write payloads there; `check_kernel` says that there are places.
+
+    `streaming` writes past the caches: row bytes and offsets must then be multiples of 64.
+    """
     fn, b, (table,) = function("send", 1)
-    word = _words(b, table)
+    word = words(b, table)
     tokens, top_k, experts = word(Send.TOKENS), word(Send.TOP_K), word(Send.EXPERTS)
     counts, places, homes, kept = word(Send.COUNTS), word(Send.PLACES), word(Send.HOMES), word(Send.IDX_KEPT)
     flat_of, rank_of, local_of = word(Send.FLAT_OF_EXPERT), word(Send.RANK_OF_FLAT), word(Send.LOCAL_OF_FLAT)
     entries = b.mul(tokens, top_k)
-    _copy(b, word(Send.WEIGHTS_KEPT), word(Send.WEIGHTS), b.mul(entries, i64(4)))
+    copy_bytes(b, word(Send.WEIGHTS_KEPT), word(Send.WEIGHTS), b.mul(entries, i64(4)))
     with loop(b, i64(0), experts, 1) as at:
         store(b, ir.Constant(I32, 0), row_at(b, counts, at.i, i64(4)))
     with loop(b, i64(0), entries, 1, i64(0), i64(0)) as at:
@@ -121,15 +138,16 @@ def send_kernel(index_bits: int) -> Kernel:
                 flat = index_at(b, flat_of, index_at(b, kept, entry, 64), 64)
                 area = index_at(b, word(Send.OUT_AREAS), index_at(b, rank_of, flat, 64), 64)
                 target = row_at(b, b.add(area, offset), place, row_bytes)
-                _copy(b, target, row_at(b, rows, t.i, row_bytes), row_bytes)
-    return finish(fn, b)
+                source = row_at(b, rows, t.i, row_bytes)
+                copy_row(b, target, source, source, row_bytes, streaming)
+    return finish(fn, b, streaming)
 
 
 @cache
 def receive_kernel() -> Kernel:
     """Compile: what the counts of all ranks say of the rows here; gives how many there are."""
     fn, b, (table,) = function("receive", 1)
-    word = _words(b, table)
+    word = words(b, table)
     local, ranks = word(Receive.LOCAL), word(Receive.RANKS)
     with loop(b, i64(0), local, 1, i64(0)) as e:
         with loop(b, i64(0), ranks, 1, i64(0)) as source:
@@ -148,8 +166,8 @@ def receive_kernel() -> Kernel:
 
 
 @cache
-def runs_kernel() -> Kernel:
-    """Compile: copy the rows of all ranges from one (L, W * M, ...) array to another.
+def runs_kernel(streaming: bool = False) -> Kernel:
+    """Compile: copy the rows of all ranges from one (L, W * M, ...) array to another; `streaming` as in `send_kernel`.
 
     Arguments: out, rows, row_bytes, ranges (L, W, 2) int32, L, W, W * M.
     """
@@ -158,24 +176,6 @@ def runs_kernel() -> Kernel:
         pair = b.mul(b.add(b.mul(e.i, ranks), source.i), i64(2))
         begin, end = (index_at(b, ranges, b.add(pair, i64(n)), 32) for n in range(2))
         offset = b.mul(b.add(b.mul(e.i, per_expert), begin), row_bytes)
-        _copy(b, b.add(out, offset), b.add(rows, offset), b.mul(b.sub(end, begin), row_bytes))
-    return finish(fn, b)
-
-
-def _words(b: ir.IRBuilder, table: ir.Value) -> Callable[[IntEnum], ir.Value]:
-    """Load the words of a table where the function begins, each at most once."""
-    loaded: dict[IntEnum, ir.Value] = {}
-
-    def word(name: IntEnum) -> ir.Value:
-        if name not in loaded:
-            with b.goto_entry_block():
-                loaded[name] = index_at(b, table, i64(name), 64)
-        return loaded[name]
-
-    return word
-
-
-def _copy(b: ir.IRBuilder, out: ir.Value, src: ir.Value, num_bytes: ir.Value) -> None:
-    pointer = I8.as_pointer()
-    memcpy = b.module.declare_intrinsic("llvm.memcpy", [pointer, pointer, I64])
-    b.call(memcpy, [b.inttoptr(out, pointer), b.inttoptr(src, pointer), num_bytes, ir.Constant(BOOL, 0)])
+        run = b.add(rows, offset)
+        copy_row(b, b.add(out, offset), run, run, b.mul(b.sub(end, begin), row_bytes), streaming)
+    return finish(fn, b, streaming)

@@ -70,6 +70,16 @@ class Generation:
     trip: Any = field(default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class Home:
+    """What a combine leads home: (L, W * M, H) rows, (T, K) weights, (T, H) bias to add first, (T, H) sums to write."""
+
+    rows: Tensor
+    weights: Tensor | None
+    bias: Tensor | None
+    out: Tensor
+
+
 def encoded(payloads: Sequence[Tensor], spec: QuantSpec | None) -> Sequence[Tensor]:
     """The pair (codes, scales) of rows, row by row; what was already a pair stays as it is."""
     if spec is None or len(payloads) == 2:
@@ -92,6 +102,11 @@ def encode_home(g: Generation, rows: Tensor, spec: QuantSpec, areas: Sequence[Te
 
 class Mover(ABC):
     """Moves padded rows. Operations come in the same order on every rank."""
+
+    @property
+    def acts_at_once(self) -> bool:
+        """Whether an operation may be one call."""
+        return False
 
     @abstractmethod
     def check(self, topk_idx_TK: Tensor) -> tuple[int, bool] | None:
@@ -132,6 +147,20 @@ class Mover(ABC):
         self, g: Generation, out_TH: Tensor, kinds: Kinds, number: int, tag: str, weights_TK: Tensor | None, bias: Any
     ) -> None:
         """Wait for every rank and sum the rows of each token in ascending k."""
+
+    def dispatch_at_once(
+        self, g: Generation, number: int, x: Any, topk_idx: Any, topk_weights: Any, tag: str
+    ) -> tuple[Tensor, ...] | None:
+        """`check`, `send` and `receive` of plain rows in one call.
+
+        Gives rows, ranges, rows per expert, routing, weights, places. None, and nothing was done: take the long way,
+        which can do it, or says what is wrong.
+        """
+        return None
+
+    def combine_at_once(self, g: Generation, home: Home, number: int, tag: str) -> bool:
+        """`lead_home` and `sum_home` of plain rows in one call; False, and nothing was done: take the long way."""
+        return False
 
     @abstractmethod
     def free(self, g: Generation, tag: str) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moecomm._compiled import compiled
 from moecomm.checks import FLOAT_DTYPES, BufferConfig, Checker, is_one_of
-from moecomm.core import Core
+from moecomm.core import Core, is_profiling, plain_rows
 from moecomm.encoding import arranged, refuse_encoding, refuse_gradient, spec_of
 from moecomm.errors import CapacityError, ConfigError, RoutingError, StaleHandleError, UnsupportedError
 from moecomm.footprint import slot_bytes
 from moecomm.handle import Dispatched, PaddedHandle, Pending
-from moecomm.padded.generation import Generation, Kinds, Mover
+from moecomm.padded.generation import Generation, Home, Kinds, Mover
 from moecomm.quant import QuantSpec
 from moecomm.rows import empty_rows
 
@@ -64,6 +64,7 @@ class PaddedOperations:
         self.shape = placement.experts_per_rank[core.rank], rows, config.hidden
         self._on_host = config.device.type == "cpu"
         self._kinds: dict[object, tuple[Kinds, str]] = {}
+        self._plain_tag = self._tag_of(((core.dtype, (config.hidden,)),))
 
     def rows_of_expert(self) -> Tensor:
         """(L,) int64 rows that arrived for each local expert so far, in any layout."""
@@ -73,11 +74,16 @@ class PaddedOperations:
     # -- dispatch -------------------------------------------------------------------------------------------------
 
     def dispatch(
-        self, x: Any, topk_idx: Any, topk_weights: Any, handle: Any, quant: Any, out: Any
+        self, x: Any, topk_idx: Any, topk_weights: Any, handle: Any, quant: Any, out: Any, *, wait: bool = False
     ) -> Pending[Dispatched]:
-        """Send now; the result is the receive hook."""
+        """Send now; the result is the receive hook. wait: whether the caller calls it at once."""
         core = self._core
         core.check_usable()
+        at_once = wait and self.mover.acts_at_once and not is_profiling()
+        if at_once and handle is None and quant is None and out is None:
+            given = self._dispatch_at_once(x, topk_idx, topk_weights)
+            if given is not None:
+                return Pending(lambda: given)
         spec = spec_of(quant, self._check)
         payloads, num_tokens = self._payloads(x)
         if spec is not None and core.dtype not in FLOAT_DTYPES:
@@ -93,6 +99,46 @@ class PaddedOperations:
         core.counters["dispatches" if handle is None else "replays"] += 1
         number = g.number
         return Pending(lambda: self._arrive(g, number, tag, kept, targets, spec))
+
+    def _dispatch_at_once(self, x: Any, topk_idx: Any, topk_weights: Any) -> Dispatched | None:
+        """The whole operation, if its generation is free and the mover can; else None."""
+        core, number = self._core, self._number
+        g = self._generations[number % 2]
+        if g.home is not None:
+            g.home.wait()
+        g.home = None
+        if not g.is_free:
+            return None
+        try:
+            given = self.mover.dispatch_at_once(g, number, x, topk_idx, topk_weights, self._plain_tag)
+        except BaseException:
+            with core.guarded():  # the peers are told
+                raise
+        if given is None:
+            return None
+        rows, ranges, per_expert, idx, weights, places = given
+        g.number, g.tag, g.has_arrived, g.ranges = number, self._plain_tag, True, ranges
+        g.is_free, g.led = False, 0
+        self._number += 1
+        core.counters["dispatches"] += 1
+        return self._dispatched(rows, ranges, per_expert, (idx, weights, places), number)
+
+    def _dispatched(
+        self, x: Any, ranges: Tensor, per_expert: Tensor, kept: Sequence[Tensor], number: int
+    ) -> Dispatched:
+        idx, weights, places = kept
+        return Dispatched(
+            x=x,
+            expert_offsets=None,
+            tokens_per_expert=per_expert,
+            row_weights=None,
+            topk_idx=None,
+            topk_weights=None,
+            handle=PaddedHandle(
+                topk_idx=idx, topk_weights=weights, places=places, number=number, buffer_id=self._check.buffer_id
+            ),
+            ranges=ranges,
+        )
 
     def _turn(self, kinds: Kinds, num_tokens: int, tag: str) -> Generation:
         """The generation of the next dispatch, once every rank is done with what lies there."""
@@ -124,27 +170,16 @@ class PaddedOperations:
         with core.guarded(), core.phase("wait"):
             arrived, ranges, per_expert = self.mover.receive(g, tag, targets)
             g.has_arrived, g.ranges = True, ranges
-        idx, weights, places = kept
-        given = Dispatched(
-            x=arrived[0] if len(arrived) == 1 else tuple(arrived),
-            expert_offsets=None,
-            tokens_per_expert=per_expert,
-            row_weights=None,
-            topk_idx=None,
-            topk_weights=None,
-            handle=PaddedHandle(
-                topk_idx=idx, topk_weights=weights, places=places, number=number, buffer_id=self._check.buffer_id
-            ),
-            ranges=ranges,
-        )
+        x = arrived[0] if len(arrived) == 1 else tuple(arrived)
+        given = self._dispatched(x, ranges, per_expert, kept, number)
         return arranged(given, spec)
 
     # -- combine --------------------------------------------------------------------------------------------------
 
     def combine(
-        self, rows: Any, handle: PaddedHandle, weighted: Any, bias: Any, quant: Any, out: Any
+        self, rows: Any, handle: PaddedHandle, weighted: Any, bias: Any, quant: Any, out: Any, *, wait: bool = False
     ) -> Pending[Tensor]:
-        """Let rows go home now; the result sums them there."""
+        """Let rows go home now; the result sums them there. wait: whether the caller asks for it at once."""
         core = self._core
         core.check_usable()
         g = self._of(handle)
@@ -157,6 +192,9 @@ class PaddedOperations:
         if out is not None:
             self._check.tensor("out", out, (g.num_tokens, self.shape[2]), (core.dtype,))
         tag = f"combine layout=padded dispatch={g.number} weighted={weights is not None} quant={spec}"
+        at_once = wait and self.mover.acts_at_once and not is_profiling()
+        if at_once and spec is None and self._combine_at_once(g, Home(rows, weights, bias, summed), tag):
+            return Pending(lambda: summed)
         with core.guarded(), core.phase("send"):
             if g.home is not None:
                 g.home.wait()
@@ -175,6 +213,25 @@ class PaddedOperations:
 
         g.home = Pending(finish)
         return g.home
+
+    def _combine_at_once(self, g: Generation, home: Home, tag: str) -> bool:
+        """The whole operation, if it is the first of this dispatch and the mover can; else nothing, and False."""
+        core = self._core
+        if g.home is not None or g.led or not home.out.is_contiguous():
+            return False
+        weights = home.weights
+        if weights is not None and plain_rows(weights, self._config.top_k, torch.float32) != g.num_tokens:
+            return False
+        try:
+            if not self.mover.combine_at_once(g, home, self._num_homes, tag):
+                return False
+        except BaseException:
+            with core.guarded():  # the peers are told
+                raise
+        self._num_homes += 1
+        core.counters["combines"] += 1
+        g.is_free, g.led = True, 1
+        return True
 
     def combine_input(self, handle: PaddedHandle) -> Tensor:
         """(L, W * M, H) memory of the buffer: rows written there go home without a copy."""
@@ -198,16 +255,7 @@ class PaddedOperations:
         return (x,), num_tokens
 
     def _plain(self, tensor: Any, width: int, dtype: torch.dtype) -> int:
-        """Rows of a tensor that may be read as it is, or -1: the quick answer, for what is right."""
-        if type(tensor) is not Tensor or tensor.dtype != dtype or tensor.is_cpu != self._on_host:
-            return -1
-        try:
-            shape = tensor.shape
-        except RuntimeError:  # a nested tensor has none
-            return -1
-        if len(shape) != 2 or shape[1] != width or not tensor.is_contiguous() or tensor.is_neg():
-            return -1
-        return -1 if torch.is_grad_enabled() and tensor.requires_grad else shape[0]
+        return plain_rows(tensor, width, dtype, on_host=self._on_host)
 
     def _routing(self, num_tokens: int, idx: Any, weights: Any, handle: Any) -> tuple[Tensor, Tensor | None]:
         """The routing and weights to use, contiguous; what names no expert is found later."""
@@ -315,6 +363,9 @@ class PaddedOperations:
             kinds: Kinds = tuple((part.dtype, tuple(part.shape[1:])) for part in payloads)
             if spec is not None and len(payloads) == 1:
                 kinds = spec.kinds(self.shape[2])
-            told = ",".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for dtype, shape in kinds)
-            found = self._kinds[key] = kinds, f"dispatch layout=padded top_k={self._config.top_k} payload={told}"
+            found = self._kinds[key] = kinds, self._tag_of(kinds)
         return found
+
+    def _tag_of(self, kinds: Kinds) -> str:
+        told = ",".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for dtype, shape in kinds)
+        return f"dispatch layout=padded top_k={self._config.top_k} payload={told}"

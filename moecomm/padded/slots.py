@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor
 
 from moecomm import _quant_jit
 from moecomm._compiled import compiled
-from moecomm.core import Core
-from moecomm.padded import _jit
+from moecomm._jit import LINE_BYTES
+from moecomm.core import Core, plain_rows
+from moecomm.memory.mail import PLACES
+from moecomm.padded import _jit, _quick_jit
 from moecomm.padded._jit import TOO_MANY, Receive, Send
+from moecomm.padded._quick_jit import EVERYWHERE, Trip
 from moecomm.padded.generation import (
     Generation,
+    Home,
     Kinds,
     Mover,
     bytes_of_row,
@@ -28,7 +32,7 @@ from moecomm.quant import QuantSpec, dequantize
 from moecomm.rows import FLOATS, reduce_rows
 from moecomm.transport.base import PaddedSlots, Wave
 
-_EVERYWHERE = 1 << 62  # as many "rows" of one byte: for kernels that are given addresses instead of row numbers
+STREAM_BYTES = 8 << 20  # rows of this size would not stay in a cache until they are read, see docs/design/decode.md
 
 
 @final
@@ -59,12 +63,19 @@ class SlotMover(Mover):
         self._counts = np.zeros((3, self._experts), np.int32)  # of both generations, and to try
         self._send = [self._send_table(index) for index in range(2)]
         self._receive = [self._receive_table(index) for index in range(2)]
+        self._send_words = [memoryview(words) for words in self._send]
+        self._receive_words = [memoryview(words) for words in self._receive]
         self._views: dict[object, list[Tensor]] = {}
         self._starts = [area.data_ptr() for area in slots.areas]
         self._forms: dict[QuantSpec, str | None] = {}
         self._staged: dict[QuantSpec, tuple[list[Tensor], list[int]]] = {}
         self._encoded_now: Sequence[Tensor] = ()
         self._plain_kinds: Kinds = ((core.dtype, (hidden,)),)
+        self._row_bytes = hidden * core.dtype.itemsize
+        self._trips = [self._trip_table(index) for index in range(2)]
+        first = int(core.tables.rank_starts[rank])
+        self._stride = slots.counts_at(0)[1] if self._trips[0] else 0
+        self._counts_at = [slots.counts_at(place)[0] + 4 * first for place in range(PLACES if self._trips[0] else 0)]
 
     def _send_table(self, index: int) -> np.ndarray:
         tables, slots = self._core.tables, self._slots
@@ -91,6 +102,19 @@ class SlotMover(Mover):
         words[Receive.RANGES], words[Receive.TOKENS] = self._ranges[index].data_ptr(), self._tokens[index].data_ptr()
         words[Receive.TOTAL] = self._total.data_ptr()
         return words
+
+    def _trip_table(self, index: int) -> tuple[int, memoryview] | None:
+        """Address and words of `_quick_jit.Trip`; None where operations do not run from one end to the other."""
+        boxes = self._slots.letter_boxes
+        if not boxes:
+            return None
+        words = np.zeros(len(Trip), np.int64)
+        words[Trip.BOX], words[Trip.SCRATCH] = boxes, self._counts[2].ctypes.data
+        words[Trip.SEND], words[Trip.RECEIVE] = self._send[index].ctypes.data, self._receive[index].ctypes.data
+        words[Trip.PER_EXPERT], words[Trip.HIDDEN] = self._per_expert, self._hidden
+        words[Trip.ROW_BYTES], words[Trip.AREA] = self._row_bytes, self._slots.areas[2 + index].data_ptr()
+        words[Trip.HOMES] = self._kept[index][3].data_ptr()
+        return int(words.ctypes.data), memoryview(words)
 
     def _form(self, spec: QuantSpec) -> str | None:
         """What `_quant_jit` calls that format, or None if it has no loops for it, or for rows of this buffer."""
@@ -153,10 +177,7 @@ class SlotMover(Mover):
         _jit.send_kernel(8 * topk_idx_TK.element_size())(words.ctypes.data)
         self._slots.post(Wave.OUT, g.number, tag, self._counts[g.index])
         self._count(int(words[Send.SENT]), int(words[Send.SENT_HERE]), row_bytes_of_all)
-        key = g.index, g.num_tokens
-        if key not in self._views:
-            self._views[key] = [kept[: g.num_tokens] for kept in self._kept[g.index][:3]]
-        idx, weights, places = self._views[key]
+        idx, weights, places = self._kept_of(g)
         return idx, weights, places
 
     def receive(self, g: Generation, tag: str, out: Sequence[Tensor] | None) -> tuple[Sequence[Tensor], Tensor, Tensor]:
@@ -190,6 +211,57 @@ class SlotMover(Mover):
         counters["bytes_local"] += here * row_bytes
         counters["bytes_remote"] += (sent - here) * row_bytes
 
+    @property
+    def acts_at_once(self) -> bool:
+        return self._trips[0] is not None
+
+    def dispatch_at_once(
+        self, g: Generation, number: int, x: Any, topk_idx: Any, topk_weights: Any, tag: str
+    ) -> tuple[Tensor, ...] | None:
+        table = self._trips[g.index]
+        num_tokens, top_k = plain_rows(x, self._hidden, self._core.dtype), self._top_k
+        if table is None or not 0 <= num_tokens <= self._max_tokens:
+            return None
+        bits = 64 if plain_rows(topk_idx, top_k, torch.int64) == num_tokens else 32
+        if bits == 32 and plain_rows(topk_idx, top_k, torch.int32) != num_tokens:
+            return None
+        weights = self._ones if topk_weights is None else topk_weights
+        if topk_weights is not None and plain_rows(weights, top_k, torch.float32) != num_tokens:
+            return None
+        send, (address, trip) = self._send_words[g.index], table
+        send[Send.TOKENS], send[Send.PAYLOADS], send[Send.IDX] = num_tokens, 1, topk_idx.data_ptr()
+        send[Send.WEIGHTS], send[Send.FIRST_PAYLOAD] = weights.data_ptr(), x.data_ptr()
+        send[Send.FIRST_PAYLOAD + 1], send[Send.FIRST_PAYLOAD + 2] = self._row_bytes, 0
+        receive = self._receive_words[g.index]
+        receive[Receive.COUNTS], receive[Receive.COUNTS_STRIDE] = self._counts_at[number % PLACES], self._stride
+        trip[Trip.PLACE], trip[Trip.STAMP], trip[Trip.SEQ] = self._slots.next_letter(Wave.OUT, number)
+        steps = _quick_jit.dispatch_kernels(bits, self._streams(num_tokens))
+        if self._slots.run(steps, address, Wave.OUT, number, tag):
+            return None  # an entry has no place and nothing was sent: the long way says so
+        g.trip, g.kinds, g.num_tokens = trip[Trip.NUM_ROWS], self._plain_kinds, num_tokens
+        self._count(send[Send.SENT], send[Send.SENT_HERE], self._row_bytes)
+        self._took(trip)
+        rows = self._rows_in(g.index, self._plain_kinds)[0]
+        return rows, self._ranges[g.index], self._tokens[g.index], *self._kept_of(g)
+
+    def _kept_of(self, g: Generation) -> list[Tensor]:
+        """Views of what is kept of a dispatch: routing, weights and places, (T, K) each."""
+        key = g.index, g.num_tokens
+        if key not in self._views:
+            self._views[key] = [kept[: g.num_tokens] for kept in self._kept[g.index][:3]]
+        return self._views[key]
+
+    def _streams(self, num_tokens: int) -> bool:
+        """Whether rows go past the caches: so many that they would not stay there until they are read."""
+        num_bytes = num_tokens * self._top_k * self._row_bytes
+        return num_bytes >= STREAM_BYTES and self._row_bytes % LINE_BYTES == 0
+
+    def _took(self, trip: memoryview) -> None:
+        began, sent, _, done = trip[Trip.BEGAN : Trip.DONE + 1]
+        phases = self._core.phase_s
+        phases["send"] += (sent - began) / 1e9
+        phases["wait"] += (done - sent) / 1e9
+
     # -- home -----------------------------------------------------------------------------------------------------
 
     def home_rows(self, g: Generation, kinds: Kinds) -> list[Tensor]:
@@ -212,6 +284,25 @@ class SlotMover(Mover):
         self._slots.post(Wave.HOME, number, tag)
         self._count(int(g.trip), int(self._send[g.index][Send.SENT_HERE]), sum(map(bytes_of_row, kinds)))
         return kinds
+
+    def combine_at_once(self, g: Generation, home: Home, number: int, tag: str) -> bool:
+        table, bias = self._trips[g.index], home.bias
+        if table is None:
+            return False
+        address, trip = table
+        trip[Trip.PLACE], trip[Trip.STAMP], trip[Trip.SEQ] = self._slots.next_letter(Wave.HOME, number)
+        trip[Trip.TOKENS], trip[Trip.ROWS], trip[Trip.OUT] = g.num_tokens, home.rows.data_ptr(), home.out.data_ptr()
+        trip[Trip.WEIGHTS] = 0 if home.weights is None else home.weights.data_ptr()
+        trip[Trip.BIAS] = 0 if bias is None else bias.data_ptr()
+        trip[Trip.BIAS_STRIDE] = 0 if bias is None else self._hidden * bias.element_size()
+        of_bias = None if bias is None else FLOATS[bias.dtype]
+        variant = FLOATS[self._core.dtype], home.weights is not None, of_bias, self._streams(g.num_tokens)
+        steps = _quick_jit.combine_kernels(*variant)
+        bad = self._slots.run(steps, address, Wave.HOME, number, tag)
+        assert not bad, f"token {bad - _quick_jit.BROKEN} has a row that lies nowhere"
+        self._count(g.trip, self._send_words[g.index][Send.SENT_HERE], self._row_bytes)
+        self._took(trip)
+        return True
 
     def sum_home(
         self,
@@ -243,7 +334,7 @@ class SlotMover(Mover):
         kernel = jit.reduce_kernel(FLOATS[came], FLOATS[out_TH.dtype], of_bias, 64, by_entry, False)
         k, row_bytes = self._top_k, self._hidden * out_TH.element_size()
         bad = kernel(
-            *(0, g.num_tokens, out_TH.data_ptr(), row_bytes, 0, 1, _EVERYWHERE, self._hidden),
+            *(0, g.num_tokens, out_TH.data_ptr(), row_bytes, 0, 1, EVERYWHERE, self._hidden),
             *(homes.data_ptr(), 8 * k, k),
             *(0 if weights_TK is None else weights_TK.data_ptr(), 4 * k),
             *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * bias.element_size())),
@@ -279,7 +370,7 @@ class SlotMover(Mover):
             sources = torch.where(places < 0, -1, areas + offset + places.long() * row_bytes).view(-1)
             kernel = jit.copy_kernel(64, 0, False)
             kernel(
-                0, len(part), part.data_ptr(), row_bytes, len(part), 0, 1, _EVERYWHERE, row_bytes, sources.data_ptr(), 0
+                0, len(part), part.data_ptr(), row_bytes, len(part), 0, 1, EVERYWHERE, row_bytes, sources.data_ptr(), 0
             )
             parts.append(part.view(kind[0]).view(len(part), *kind[1]))
             offset += bytes_of_rows(self._most_rows, kind)

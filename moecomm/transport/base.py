@@ -183,6 +183,19 @@ class PaddedSlots(ABC):
     def counts_at(self, number: int) -> tuple[int, int]:
         """The address of the counts that rank 0 sent with OUT `number`, and the bytes from one rank to the next."""
 
+    @property
+    def letter_boxes(self) -> int:
+        """The table of `_mail_jit.Box` with which machine code posts letters; 0 where there are none."""
+        return 0
+
+    def next_letter(self, wave: Wave, number: int) -> tuple[int, int, int]:
+        """Place, stamp and sequence number of the letter by which machine code is to post `number` of a wave."""
+        raise NotImplementedError
+
+    def run(self, steps: Sequence[Callable[[int], int]], table: int, wave: Wave, number: int, tag: str) -> int:
+        """Run an operation of compiled steps that posts and awaits that letter, see `memory.channel.Channel.run`."""
+        raise NotImplementedError
+
 
 class Transport(ABC):
     """Moves rows between the ranks of one group."""

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from moecomm.errors import CapacityError, MoECommError
 from moecomm.group import Group
-from moecomm.memory.channel import Channel
+from moecomm.memory.channel import Channel, Steps
 from moecomm.memory.device import device_memory_support, moves_by_kernels
 from moecomm.memory.host import HostMemory, SegmentPool, host_memory_support
-from moecomm.memory.mail import PLACES, Kind, Mail, mail_bytes
+from moecomm.memory.mail import PLACES, Kind, Mail, mail_bytes, place_of
 from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
 from moecomm.transport.base import NUM_AREAS, Exchange, Lane, PaddedSlots, Support, Transport, TransportOptions, Wave
@@ -241,6 +241,19 @@ class HostSlots(PaddedSlots):
 
     def counts_at(self, number: int) -> tuple[int, int]:
         return self._mail.payload_at(Kind.OUT, number)
+
+    @property
+    def letter_boxes(self) -> int:
+        return int(self._mail.words.ctypes.data)
+
+    def next_letter(self, wave: Wave, number: int) -> tuple[int, int, int]:
+        return place_of(_KIND_OF_WAVE[wave], number), number + 1, self._transport.seq
+
+    def run(self, steps: Steps, table: int, wave: Wave, number: int, tag: str) -> int:
+        transport, letter = self._transport, (_KIND_OF_WAVE[wave], number)
+        code = transport.channel.run(steps, table, dict.fromkeys(range(len(steps)), letter), transport.seq, tag)
+        transport.seq += code == 0
+        return code
 
 
 _KIND_OF_WAVE = {Wave.OUT: Kind.OUT, Wave.HOME: Kind.HOME, Wave.FREE: Kind.FREE}

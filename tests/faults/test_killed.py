@@ -83,6 +83,7 @@ class Act:
     def die_in(self, primitive: str, call: Callable[[], Any]) -> Caught:
         """The victim dies when it has written half of its first section, or of all where they are written at once."""
         if self.dies:
+            self.buffer._calls._express = None  # the others may go the quick way; this one must stop half-way
             from moecomm import operations
             from moecomm.transport import collective, symmetric
 

@@ -43,12 +43,13 @@ def cut_connections(world: World) -> None:
 
 def run_out(world: World) -> None:
     """From now on there is no memory for what arrives."""
-    from moecomm import operations
+    from moecomm import express, operations
 
     def fail(*_: Any) -> None:
         raise MemoryError("out of memory")
 
     operations.out_parcels = fail  # type: ignore[assignment]  # this process ends soon
+    express.Kept = fail  # type: ignore[assignment,misc]
 
 
 def act(world: World, event: str, buffer: moecomm.Buffer) -> None:

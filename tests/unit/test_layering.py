@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "4",
         (
             *("_operator", "checks", "footprint", "watchdog", "core", "operations", "integrity", "fused", "encoding"),
-            *("padded", "autograd", "traced", "membership", "calls", "buffer"),
+            *("padded", "autograd", "_express_jit", "express", "traced", "membership", "calls", "buffer"),
         ),
     ),
     ("5", ("overlap", "nn", "diagnostics", "viz", "testing", "deep_ep", "integrations")),

@@ -72,10 +72,11 @@ def step(
     buffer.combine(buffer.combine_input(out.handle), out.handle, out=y, quant=quant)
 
 
+@pytest.mark.parametrize("transport", ["local", "symmetric"])
 @pytest.mark.parametrize("quant", [None, "fp8", QuantSpec(scales="ue8m0"), "int8"], ids=str)
-def test_torch_calls_on_the_hot_path(quant: str | QuantSpec | None) -> None:
+def test_torch_calls_on_the_hot_path(quant: str | QuantSpec | None, transport: str) -> None:
     """At most 25 calls from Python per operation; no operator at all, so no allocation and nothing to wait for."""
-    with make_buffer() as buffer, torch.no_grad():
+    with make_buffer(transport=transport) as buffer, torch.no_grad():
         given, y = inputs(), torch.empty(T, H)
         for _ in range(3):
             step(buffer, given, y, quant)
