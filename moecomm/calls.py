@@ -110,8 +110,13 @@ class Calls:
     def _start(self, start: Any, *args: Any) -> int:
         """Start an operation now; the number under which its autograd operator will find it."""
         number = next(_operations)
-        with torch.no_grad(), self._core.guarded():
-            self._core.started[number] = start(self._core, *args)
+        transport = self._core.transport
+        transport.goes_on = True
+        try:
+            with torch.no_grad(), self._core.guarded():
+                self._core.started[number] = start(self._core, *args)
+        finally:
+            transport.goes_on = False
         return number
 
     def _pending(self, started: int, finish: Callable[[], T]) -> Pending[T]:

@@ -205,6 +205,7 @@ class Transport(ABC):
     buffer_id: int | None = None  # the same on all ranks
     node_of_rank: np.ndarray | None = None  # (W,) of a transport that merges rows per node
     padded_slots: PaddedSlots | None = None  # where ranks reach each other's memory
+    goes_on: bool = False  # whether the caller does something else before it waits for what it opens now
     is_fused: bool = False  # made of kernels that do whole operations: see `moecomm.fused`
 
     @abstractmethod

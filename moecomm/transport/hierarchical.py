@@ -152,7 +152,8 @@ class HierarchicalExchange(Exchange):
         }
         self._bundle: Bundle | None = None
         self._told = self._know_or_ask(agreed=agreed)
-        self._fill = Fill(lambda: transport.failure is not None, transport.timeout_s, pauses=transport.is_idle)
+        pauses = transport.is_idle and not transport.goes_on
+        self._fill = Fill(lambda: transport.failure is not None, transport.timeout_s, pauses=pauses)
         self._outputs: list[Tensor] | None = None
         merging = [number for number, lane in enumerate(lanes) if lane.merge]
         assert not merging or (merging == [0] and not self._wanted), "only the first lane merges, and none repeats then"
