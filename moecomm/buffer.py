@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import secrets
 from collections.abc import Sequence
 from types import TracebackType
@@ -11,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from moecomm import autograd, membership, traced
+from moecomm import autograd, traced
 from moecomm.calls import Calls
 from moecomm.checks import BufferConfig, Checker, agree, configure
 from moecomm.core import Core
@@ -75,7 +74,7 @@ class Buffer:
     >>> buffer.close()
     """
 
-    _rest: membership.Rest | None = None  # once the buffer shrank
+    _rest: Any = None  # `membership.Rest`, once the buffer shrank
 
     def __init__(
         self,
@@ -363,6 +362,8 @@ class Buffer:
         Traceback (most recent call last):
         moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot shrink: ...
         """
+        from moecomm import membership
+
         rest = membership.shrink(self._core, self._check, self._rest, renormalise, timeout_s)
         return membership.build_anew(self, rest)
 
@@ -381,6 +382,8 @@ class Buffer:
         Traceback (most recent call last):
         moecomm.errors.UnsupportedError: rank 0: a buffer on transport local cannot take in ranks: ...
         """
+        from moecomm import membership
+
         rest = membership.take_in(self._core, self._check, self._rest, name, num_ranks, timeout_s)
         return membership.build_anew(self, rest)
 
@@ -401,8 +404,10 @@ class Buffer:
         Traceback (most recent call last):
         moecomm.errors.StallError: join: nobody took this process in within 0.01 s: ...
         """
+        from moecomm import membership
+
         buffer = cls.__new__(cls)
-        membership.build_anew(buffer, membership.join(store, name, wait_s, inspect.signature(cls), arguments))
+        membership.build_anew(buffer, membership.join(store, name, wait_s, cls, arguments))
         return buffer
 
     def abort(self, reason: str = "") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from moecomm.checks import Checker, is_one_of
 from moecomm.core import Core
 from moecomm.encoding import arranged, encoded, home_spec, only_padded, refuse_tracing_or_gradient, spec_of
 from moecomm.handle import Dispatched, PaddedHandle, Pending
-from moecomm.membership import Survivors
 from moecomm.operations import Homecoming, start_combine, start_dispatch, start_replay
-from moecomm.padded import PaddedOperations, refuse_options
+
+if TYPE_CHECKING:
+    from moecomm.membership import Survivors
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ class Calls:
             from moecomm import integrity
 
             integrity.attach(core, check.config.check)
+        from moecomm.padded import PaddedOperations
+
         self.padded = core.padded = PaddedOperations(core, check)
         self.survivors: Survivors | None = None  # once the buffer shrank
         self._express = _express_of(core, check)
@@ -49,7 +52,7 @@ class Calls:
         if self.survivors is not None and handle is None:
             topk_idx, topk_weights = self.survivors.mask(topk_idx, topk_weights)
         if is_one_of(layout, ("padded",)) or isinstance(handle, PaddedHandle):
-            refuse_options(self._check, layout, align)
+            self.padded.refuse_options(layout, align)
             return self.padded.dispatch(x, topk_idx, topk_weights, handle, quant, out, wait=wait)
         core, is_plain = self._core, handle is None and quant is None and out is None
         is_plain = is_plain and is_one_of(layout, ("expert",)) and type(align) is int and align == 1

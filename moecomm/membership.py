@@ -14,7 +14,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from inspect import Signature
+from inspect import signature
 from typing import Any
 
 import torch
@@ -152,10 +152,10 @@ def take_in(
     return _rest(found, place, members, first, told["renormalise"], core.transport.name)
 
 
-def join(store: Any, name: str, wait_s: float | None, signature: Signature, arguments: dict[str, Any]) -> Rest:
+def join(store: Any, name: str, wait_s: float | None, buffer: type, arguments: dict[str, Any]) -> Rest:
     """Wait until the members of a buffer with these arguments take this process in; what to build."""
     try:
-        bound = signature.bind(**arguments)
+        bound = signature(buffer).bind(**arguments)
     except TypeError as error:
         what, remedy = "these are no arguments of Buffer()", "join with those of the buffer as it was built first"
         raise ConfigError(what, got=str(error), remedy=remedy, operation="join") from None

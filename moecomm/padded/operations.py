@@ -24,16 +24,6 @@ from moecomm.quant import QuantSpec
 from moecomm.rows import empty_rows
 
 
-def refuse_options(check: Checker, layout: Any, align: Any) -> None:
-    """Refuse what does not go with layout "padded", or with a handle of such a dispatch."""
-    if not is_one_of(layout, ("padded", "expert")):
-        what, remedy = "a handle replays its own layout", "leave layout out"
-        raise check.error(ConfigError, what, got=repr(layout), expected="'padded'", remedy=remedy)
-    if not isinstance(align, int) or align != 1:
-        what, remedy = 'layout "padded" has no groups to align', "leave align out"
-        raise check.error(UnsupportedError, what, got=f"align={align!r}", expected="align=1", remedy=remedy)
-
-
 def _mover(core: Core, config: BufferConfig) -> Mover:
     """Kernels where they move rows; slots where ranks share memory and loops can be compiled; else lanes."""
     max_tokens, top_k, hidden = config.max_tokens_per_rank, config.top_k, config.hidden
@@ -65,6 +55,15 @@ class PaddedOperations:
         self._on_host = config.device.type == "cpu"
         self._kinds: dict[object, tuple[Kinds, str]] = {}
         self._plain_tag = self._tag_of(((core.dtype, (config.hidden,)),))
+
+    def refuse_options(self, layout: Any, align: Any) -> None:
+        """Refuse what does not go with layout "padded", or with a handle of such a dispatch."""
+        if not is_one_of(layout, ("padded", "expert")):
+            what, remedy = "a handle replays its own layout", "leave layout out"
+            raise self._check.error(ConfigError, what, got=repr(layout), expected="'padded'", remedy=remedy)
+        if not isinstance(align, int) or align != 1:
+            what, remedy = 'layout "padded" has no groups to align', "leave align out"
+            raise self._check.error(UnsupportedError, what, got=f"align={align!r}", expected="align=1", remedy=remedy)
 
     def rows_of_expert(self) -> Tensor:
         """(L,) int64 rows that arrived for each local expert so far, in any layout."""

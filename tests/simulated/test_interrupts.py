@@ -119,7 +119,7 @@ def regroup(group: Group, num_first: int, act: Act, told: list[Any]) -> Any:
 
 
 def shrink_and_admit(buffer: moecomm.Buffer) -> None:
-    if len(buffer.shrink()) < buffer._rest.survivors.check.config.placement.num_ranks:  # type: ignore[union-attr]
+    if len(buffer.shrink()) < buffer._rest.survivors.check.config.placement.num_ranks:
         buffer.admit(timeout_s=60.0)
 
 

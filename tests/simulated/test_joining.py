@@ -168,7 +168,7 @@ def replaced(group: Group, victims: int, spares: int) -> Any:
         buffer = moecomm.Buffer.join(
             simulated_group(world, rank, [rank], "alone"), wait_s=1e4, **SHAPE, dtype=torch.float32
         )
-        told = [buffer._rest.survivors.members]  # type: ignore[union-attr]
+        told = [buffer._rest.survivors.members]
     else:
         buffer = moecomm.Buffer(simulated_group(world, rank, [0, 1, 2], "first"), **SHAPE, dtype=torch.float32)
         told = []

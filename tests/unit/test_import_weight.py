@@ -9,7 +9,7 @@ CHECK = """
 import sys
 import moecomm
 import torch, torch.distributed as dist
-own = ("moecomm.transport.collective", "moecomm.transport.mpi", "moecomm.fused", "moecomm.integrity", "moecomm.kernels")
+own = ("moecomm.transport.collective", "moecomm.transport.mpi", "moecomm.fused", "moecomm.padded", "moecomm.membership")
 others = ("triton", "mpi4py", "llvmlite", "matplotlib", "hypothesis")
 heavy = [name for name in own + others if name in sys.modules]
 assert not heavy, f"loaded: {heavy}"
