@@ -111,7 +111,8 @@ class MpiTransport(Transport):
             if self._closed or self.mpi.Is_finalized():
                 return
             self._advance()
-            self._call_mpi(lambda: self.post.send_all(self.box, Kind.BYE, self._seq))
+            if not self._broken:  # else all were told; MPI may crash where it meets a process that died meanwhile
+                self._call_mpi(lambda: self.post.send_all(self.box, Kind.BYE, self._seq))
             self._closed = True
             self._give_up_s = time.monotonic() + self.timeout_s
             PROGRESS.last_s = max(PROGRESS.last_s, self.timeout_s)
