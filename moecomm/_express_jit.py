@@ -31,11 +31,11 @@ from moecomm._plan_jit import plan_kernel, range_kernel, settle_kernel, table_ke
 from moecomm._rows_jit import reduce_kernel, scatter_kernel
 from moecomm.memory._mail_jit import Head, Letter, post, wait_step
 from moecomm.memory.mail import STOP
+from moecomm.transport.symmetric import LANE_ALIGN_BYTES
 
 BAD_ID = STOP  # beside the entry: it names no expert
 TOO_LARGE = 1 << 41  # the rows do not fit the segment of a rank
 BROKEN = 1 << 42  # an index says where no row is
-ALIGN_BYTES = 64  # where lanes begin, see `transport.symmetric`
 
 
 class Wire(IntEnum):
@@ -237,7 +237,7 @@ def _lanes(b: ir.IRBuilder, table: ir.Value, word: Words, weighted: bool) -> Non
     """Where the sections of each lane go: address, rows to write, the first of them, rows in all, for every rank."""
     ranks, rank, experts, totals = word(Wire.RANKS), word(Wire.RANK), word(Out.EXPERTS), word(Out.TOTALS)
     width, table_bytes = b.add(experts, ranks), b.mul(word(Out.TOP_K), i64(4))
-    align = i64(-ALIGN_BYTES)
+    align = i64(-LANE_ALIGN_BYTES)
 
     def put(lane: int, to: ir.Value, *fields: ir.Value) -> None:
         for n, value in enumerate(fields):
@@ -256,14 +256,14 @@ def _lanes(b: ir.IRBuilder, table: ir.Value, word: Words, weighted: bool) -> Non
             source.next = [before, mine, b.add(all_pairs, count)]
         before, mine, all_pairs = source.carried
         start = index_at(b, word(Wire.STARTS), to.i, 64)
-        used = b.add(b.mul(arrive, word(Out.ROW_BYTES)), i64(ALIGN_BYTES - 1))
+        used = b.add(b.mul(arrive, word(Out.ROW_BYTES)), i64(LANE_ALIGN_BYTES - 1))
         ends = [b.and_(used, align)]
         if weighted:
-            ends.append(b.and_(b.add(b.add(ends[0], b.mul(arrive, i64(4))), i64(ALIGN_BYTES - 1)), align))
+            ends.append(b.and_(b.add(b.add(ends[0], b.mul(arrive, i64(4))), i64(LANE_ALIGN_BYTES - 1)), align))
             put(1, to.i, b.add(start, ends[0]), sent, i64(0), arrive)
         put(0, to.i, start, sent, i64(0), arrive)
         put(2, to.i, b.add(start, ends[-1]), mine, before, all_pairs)
-        end = b.and_(b.add(b.add(ends[-1], b.mul(all_pairs, table_bytes)), i64(ALIGN_BYTES - 1)), align)
+        end = b.and_(b.add(b.add(ends[-1], b.mul(all_pairs, table_bytes)), i64(LANE_ALIGN_BYTES - 1)), align)
         refuse(b, b.icmp_signed(">", end, word(Wire.SEGMENT_BYTES)), b.add(to.i, i64(TOO_LARGE)))
         with b.if_then(b.icmp_signed("==", to.i, rank)):
             found = (Out.SENT_HERE, sent), (Out.PAIRS_HERE, mine), (Out.NUM_ROWS, arrive), (Out.NUM_RECEIVED, all_pairs)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, final
 
 import numpy as np
@@ -223,7 +222,7 @@ class Express:
             return None
         if not self._is_open() or not nobody_watches(x, topk_idx, topk_weights):
             return None
-        with self._telling_peers():
+        with self._core.guarded():
             return self._dispatch(x, topk_idx, topk_weights, num_tokens, index_dtype)
 
     def _dispatch(
@@ -322,7 +321,7 @@ class Express:
                 return None
         if not nobody_watches(rows, bias, handle.row_weights if kept.is_made else None):
             return None
-        with self._telling_peers():
+        with self._core.guarded():
             return self._combine(rows, kept, weighted, bias)
 
     def _combine(self, rows: Tensor, kept: Kept, weighted: bool, bias: Tensor | None) -> Tensor:
@@ -352,15 +351,6 @@ class Express:
         return summed
 
     # -- what both do ----------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _telling_peers(self) -> Iterator[None]:
-        """If the operation breaks here, they are told, and nothing goes on."""
-        try:
-            yield
-        except BaseException:
-            with self._core.guarded():
-                raise
 
     def _run(self, steps: Steps, table: int, letters: Mapping[int, tuple[Kind, int]], tag: str) -> int:
         """Run an operation to its end; 0, or what is wrong. letters: for which ones a step waits."""

@@ -108,11 +108,8 @@ class PaddedOperations:
         g.home = None
         if not g.is_free:
             return None
-        try:
+        with core.guarded():
             given = self.mover.dispatch_at_once(g, number, x, topk_idx, topk_weights, self._plain_tag)
-        except BaseException:
-            with core.guarded():  # the peers are told
-                raise
         if given is None:
             return None
         rows, ranges, per_expert, idx, weights, places = given
@@ -221,12 +218,9 @@ class PaddedOperations:
         weights = home.weights
         if weights is not None and plain_rows(weights, self._config.top_k, torch.float32) != g.num_tokens:
             return False
-        try:
+        with core.guarded():
             if not self.mover.combine_at_once(g, home, self._num_homes, tag):
                 return False
-        except BaseException:
-            with core.guarded():  # the peers are told
-                raise
         self._num_homes += 1
         core.counters["combines"] += 1
         g.is_free, g.led = True, 1

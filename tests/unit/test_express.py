@@ -10,14 +10,14 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 import moecomm
 from moecomm import express
 from moecomm.handle import HANDLE_TENSORS
 from moecomm.testing import RankPool
+from tests.unit._few_tokens import E, K, inputs, same, symmetric_buffer
 
-H, K, E, M = 24, 3, 7, 12
+H = 24
 RESULTS = ("x", "expert_offsets", "tokens_per_expert", "row_weights")
 COUNTED = ("dispatches", "combines", "rows_local", "rows_remote", "bytes_local", "bytes_remote", "leases", "copies")
 
@@ -29,8 +29,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
 
 
 def make_buffer(*, quick: bool = True, **changes: Any) -> moecomm.Buffer:
-    given: dict[str, Any] = {"num_experts": E, "hidden": H, "top_k": K, "max_tokens_per_rank": M, "timeout_s": 30.0}
-    buffer = moecomm.Buffer(None, **(given | {"transport": "symmetric"} | changes))
+    buffer = symmetric_buffer(H, **changes)
     if not quick:
         buffer._calls._express = None
     return buffer
@@ -40,27 +39,11 @@ def was_quick(out: moecomm.Dispatched) -> bool:
     return type(getattr(out, "_maker", None)) is express.Kept
 
 
-def inputs(rank: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Routings that differ in everything: none at all, int32 ids, no weights, entries and ranks without any."""
-    generator = torch.Generator().manual_seed(100 * step + rank)
-    tokens = int(torch.randint(0, M + 1, (1,), generator=generator))
-    idx = torch.rand(tokens, E, generator=generator).topk(K).indices
-    idx[torch.rand(tokens, K, generator=generator) < 0.2] = -1
-    idx = {3: torch.full_like(idx, -1), 4: idx.int()}.get(step, idx)
-    weights = None if step == 5 else torch.rand(tokens, K, generator=generator)
-    return torch.randn(tokens, H, generator=generator), idx, weights
-
-
-def same(got: Tensor, expected: Tensor, what: str) -> None:
-    assert got.dtype == expected.dtype and got.shape == expected.shape, f"{what}: {got.shape}, {expected.shape}"
-    assert torch.equal(got, expected), f"{what}: {got}, {expected}"
-
-
 def compare_both_ways(rank: int, dtype: torch.dtype) -> int:
     num_quick = 0
     with make_buffer(dtype=dtype) as buffer, make_buffer(dtype=dtype, quick=False) as other:
         for step in range(10):
-            x, idx, weights = inputs(rank, step)
+            x, idx, weights = inputs(rank, step, H)
             x = x.to(dtype)
             out, expected = buffer.dispatch(x, idx, weights), other.dispatch(x, idx, weights)
             num_quick += was_quick(out)
@@ -97,7 +80,7 @@ def go_different_ways(rank: int) -> bool:
         quickly = buffer._calls._express
         for step in range(8):
             buffer._calls._express = None if (step + rank) % 3 == 0 else quickly
-            x, idx, weights = inputs(rank, step)
+            x, idx, weights = inputs(rank, step, H)
             time.sleep(0.02 * ((step + rank) % 2))
             out = buffer.dispatch(x, idx, weights)
             time.sleep(0.02 * (step % 2 == rank % 2))
@@ -114,7 +97,7 @@ def test_ranks_may_go_different_ways_and_wait_for_each_other(pool: RankPool) -> 
 
 def refuse_and_go_on(rank: int) -> tuple[str, bool]:
     with make_buffer(dtype=torch.float32) as buffer:
-        x, idx, weights = inputs(rank, 0)
+        x, idx, weights = inputs(rank, 0, H)
         for _ in range(2):
             buffer.dispatch(x, idx, weights)
         wrong = torch.zeros(2, K, dtype=torch.int64)
@@ -139,7 +122,7 @@ def keep_results(rank: int) -> bool:
     kept = []
     with make_buffer(dtype=torch.float32) as buffer:
         for step in range(12):
-            x, idx, weights = inputs(rank, 0)
+            x, idx, weights = inputs(rank, 0, H)
             out = buffer.dispatch(x + step, idx, weights)
             kept.append((out, out.x.clone()))
         twin = copy.copy(out.handle)
@@ -164,7 +147,7 @@ def test_results_belong_to_the_caller(pool: RankPool) -> None:
 
 def call_something_else(rank: int) -> tuple[str, tuple[int, ...]]:
     with make_buffer(dtype=torch.float32) as buffer:
-        x, idx, weights = inputs(rank, 0)
+        x, idx, weights = inputs(rank, 0, H)
         for _ in range(2):
             out = buffer.dispatch(x, idx, weights)
         try:
@@ -185,7 +168,7 @@ def test_who_calls_something_else_is_named() -> None:
 
 def break_off(rank: int) -> str:
     with make_buffer(dtype=torch.float32) as buffer:
-        x, idx, weights = inputs(rank, 0)
+        x, idx, weights = inputs(rank, 0, H)
         for _ in range(2):
             buffer.dispatch(x, idx, weights)
         if rank == 1:
@@ -208,7 +191,7 @@ def test_who_breaks_off_tells_the_others(pool: RankPool) -> None:
 
 def watched(rank: int) -> list[bool]:
     """Gradients, profilers, checks, other options: all these go the general way."""
-    x, idx, weights = inputs(rank, 0)
+    x, idx, weights = inputs(rank, 0, H)
     took = []
     with make_buffer(dtype=torch.float32) as buffer, make_buffer(dtype=torch.float32, check="full") as checked:
         options: tuple[dict[str, Any], ...] = ({}, {"align": 4}, {"layout": "rank"}, {"quant": "int8"})

@@ -15,8 +15,9 @@ from torch import Tensor
 import moecomm
 from moecomm.padded import slots
 from moecomm.testing import RankPool
+from tests.unit._few_tokens import E, K, M, inputs, same, symmetric_buffer
 
-H, K, E, M = 32, 3, 7, 12
+H = 32
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,7 @@ def pool() -> Iterator[RankPool]:
 
 
 def make_buffer(*, quick: bool = True, **changes: Any) -> moecomm.Buffer:
-    given: dict[str, Any] = {"num_experts": E, "hidden": H, "top_k": K, "max_tokens_per_rank": M, "timeout_s": 30.0}
-    buffer = moecomm.Buffer(None, **(given | {"transport": "symmetric"} | changes))
+    buffer = symmetric_buffer(H, **changes)
     assert all(buffer._calls.padded.mover._trips)  # type: ignore[attr-defined]
     if not quick:
         go_slowly(buffer)
@@ -41,24 +41,9 @@ def go_slowly(buffer: moecomm.Buffer) -> list[Any]:
     return trips
 
 
-def inputs(rank: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(100 * step + rank)
-    tokens = int(torch.randint(0, M + 1, (1,), generator=generator))
-    idx = torch.rand(tokens, E, generator=generator).topk(K).indices
-    idx[torch.rand(tokens, K, generator=generator) < 0.2] = -1
-    idx = {3: torch.full_like(idx, -1), 4: idx.int()}.get(step, idx)
-    weights = None if step == 5 else torch.rand(tokens, K, generator=generator)
-    return torch.randn(tokens, H, generator=generator), idx, weights
-
-
 def rows_of(out: moecomm.Dispatched) -> list[Tensor]:
     assert out.ranges is not None
     return [out.x[e, begin:end] for e, of_rank in enumerate(out.ranges.tolist()) for begin, end in of_rank]
-
-
-def same(got: Tensor, expected: Tensor, what: str) -> None:
-    assert got.dtype == expected.dtype and got.shape == expected.shape, f"{what}: {got.shape}, {expected.shape}"
-    assert torch.equal(got, expected), f"{what}: {got}, {expected}"
 
 
 def compare_both_ways(rank: int, dtype: torch.dtype, streaming: bool) -> bool:
@@ -68,7 +53,7 @@ def compare_both_ways(rank: int, dtype: torch.dtype, streaming: bool) -> bool:
         buffer = stack.enter_context(make_buffer(dtype=dtype))
         other = stack.enter_context(make_buffer(dtype=dtype, quick=False))
         for step in range(12):
-            x, idx, weights = inputs(rank, step)
+            x, idx, weights = inputs(rank, step, H)
             x = x.to(dtype)
             out = buffer.dispatch(x, idx, weights, layout="padded")
             expected = other.dispatch(x, idx, weights, layout="padded")
@@ -107,7 +92,7 @@ def go_different_ways(rank: int) -> bool:
         trips = mover._trips
         for step in range(9):
             mover._trips = [None, None] if (step + rank) % 3 == 0 else trips
-            x, idx, weights = inputs(rank, step)
+            x, idx, weights = inputs(rank, step, H)
             time.sleep(0.02 * ((step + rank) % 2))
             out = buffer.dispatch(x, idx, weights, layout="padded")
             time.sleep(0.02 * (step % 2 == rank % 2))
@@ -127,7 +112,7 @@ def test_ranks_may_go_different_ways_and_wait_for_each_other(pool: RankPool) -> 
 def refuse_and_go_on(rank: int) -> str:
     """A refused dispatch leaves the handles of its generation as they were, also if it was of fewer tokens."""
     with make_buffer(dtype=torch.float32) as buffer:
-        x, idx, _ = inputs(rank, 0)
+        x, idx, _ = inputs(rank, 0, H)
         x, idx = torch.cat([x, torch.ones(1, H)])[:M], torch.cat([idx, torch.zeros(1, K, dtype=idx.dtype)])[:M]
         first = buffer.dispatch(x, idx, layout="padded")
         rows = first.x.clone()
