@@ -23,6 +23,7 @@ from moecomm.testing import no_leaks
 from moecomm.testing.mpi import mpi_missing, run_mpi
 from moecomm.topology import Topology
 from moecomm.transport._mpi_exchange import MpiExchange
+from moecomm.transport._mpi_post import Kind
 from moecomm.transport.mpi import MpiTransport
 
 BIG_ROW_BYTES, NUM_BIG_ROWS = 1 << 20, 2200  # 2.15 GiB to one rank: more than 2**31 bytes, and than 2**31 - 1
@@ -33,7 +34,10 @@ pytestmark = pytest.mark.timeout(180)
 
 
 # Programs that can follow each other in one job, by its number of ranks; nothing can follow the last.
-TOGETHER = {2: ("alone_with_mpi", "overlap", "own_traffic", "ends", "big", "dropped"), 3: ("many_in_flight", "staged")}
+TOGETHER = {
+    2: ("alone_with_mpi", "overlap", "own_traffic", "ends", "big", "dropped"),
+    3: ("many_in_flight", "staged", "farewell"),
+}
 
 
 @functools.cache
@@ -185,6 +189,20 @@ def ends(comm: Any) -> None:
         buffer.close()
         buffer.close()
     assert settled() == before
+
+
+def farewell(comm: Any) -> None:
+    """Who closes says goodbye. Who gave up has said so, and says no more: MPI may crash where it meets a dead rank."""
+    for gives_up in (False, True):
+        buffer = make(comm)
+        check_step(buffer)
+        comm.Barrier()
+        post = buffer._core.transport.post  # type: ignore[attr-defined]
+        with mock.patch.object(post, "send_all", wraps=post.send_all) as said:
+            if gives_up:
+                buffer.abort("enough")
+            buffer.close()
+        assert [call.args[1] for call in said.call_args_list] == [Kind.ABORT if gives_up else Kind.BYE]
 
 
 def dropped(comm: Any) -> None:
