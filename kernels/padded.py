@@ -53,7 +53,7 @@ def _tell_counts(slots, topk_idx, num_entries, num_experts, WIRE: tl.constexpr, 
     step = tl.num_programs(0) * SCAN.experts
     for first in range(tl.program_id(0) * SCAN.experts, num_experts, step):
         expert = first + tl.arange(0, SCAN.experts)
-        count = tl.zeros((SCAN.experts,), tl.int32)
+        count = tl.full((SCAN.experts,), 0, tl.int32)
         for start in range(0, num_entries, SCAN.entries):
             entry = start + tl.arange(0, SCAN.entries)
             named = tl.load(topk_idx + entry, mask=entry < num_entries, other=-1)
@@ -72,7 +72,7 @@ def _place_entry(slots, topk_idx, entry, num_experts, WIRE: tl.constexpr, SCAN: 
     link = slots.out
     expert = tl.load(topk_idx + entry)
     valid = (expert >= 0) & (expert < num_experts)
-    earlier = tl.zeros((SCAN.entries,), tl.int32)
+    earlier = tl.full((SCAN.entries,), 0, tl.int32)
     for start in range(0, entry, SCAN.entries):
         other = start + tl.arange(0, SCAN.entries)
         named = tl.load(topk_idx + other, mask=other < entry, other=-1)
