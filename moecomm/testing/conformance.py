@@ -231,5 +231,6 @@ def _run(case: Case, combination: Sequence[tuple[str, moecomm.Buffer]], rounds: 
 def _refuse(trial: Trial, buffer: moecomm.Buffer, checks: Checks) -> None:
     sheet = trial.sheet(0)
     x, idx = (tensors[trial.rank].to(trial.device) for tensors in (sheet.xs, sheet.topk_idxs))
+    payload = x if sheet.scales is None else (x, sheet.scales[trial.rank].to(trial.device))
     what = f'layout "{trial.layout}", reduce "{trial.reduce}"'
-    checks.refused(lambda: buffer.dispatch(x, idx, layout=trial.layout), UnsupportedError, what)
+    checks.refused(lambda: buffer.dispatch(payload, idx, layout=trial.layout), UnsupportedError, what)
