@@ -244,6 +244,8 @@ def start_dispatch(
         with core.phase("plan"):
             places_TV, rows_V = node_places(plan.pair_pos_TW, nodes)
             told = np.concatenate([told, rows_V])
+        with core.phase("send"):
+            core.transport.send_ahead(tag, payloads, places_TV)
     with core.phase("counts"):
         gathered = core.transport.gather_counts(tag, told)
     with core.phase("plan"):
@@ -409,14 +411,15 @@ def finish_home(
     core: Core, exchange: Exchange, route: Route, home: Homecoming, handle: DispatchHandle
 ) -> tuple[Tensor | None, Tensor | None]:
     """Wait for a combine; sum what came home of every token in a fixed order."""
+    with core.phase("arrange"):
+        by_entry = handle.layout == "expert" and core.reduce == "source"
+        table = handle.send_pos if by_entry else home_table(core, handle)
     with core.phase("wait"):
         arrived = exchange.wait()
     with core.phase("arrange"):
         summed = carried = None
         if home.rows is not None:
             summed = empty_rows(handle.num_tokens, home.rows.shape[1], home.rows.dtype, home.rows.device)
-            by_entry = handle.layout == "expert" and core.reduce == "source"
-            table = handle.send_pos if by_entry else home_table(core, handle)
             weights = handle.topk_weights if by_entry and home.weighted else None
             reduce_rows(summed, _came_home(arrived, home, summed.shape[1]), table, weights, home.bias)
         if home.carried is not None:

@@ -105,19 +105,22 @@ class Merger:
         most = self._lane.out_rows  # at least as many come home, and every rank knows it already
         starts = block_starts(self._lane.row_bytes, int(most.max(initial=0)))
         bounds_WB = self._bounds(starts)
-        counts_RBW = self._gather(np.diff(bounds_WB, axis=1).T)
-        home_WV = home.result()
-        home_W = home_WV[:, nodes.node].astype(np.int64)
+        *counts_BRW, ends_RW = self._gather(np.vstack([np.diff(bounds_WB, axis=1).T, self._key_ends()]))
+        home_W = ends_RW.max(0).astype(np.int64)  # keys have no gaps
+        # How many sums each rank sends and gets is known here: the first block need not wait for what others tell.
+        home_WV = np.zeros((len(home_W), nodes.topology.num_nodes), np.int64)
+        home_WV[:, nodes.node], home_WV[nodes.rank] = home_W, self._merge.recv_rows
         away_WV = nodes.between(home_WV)
-        num_blocks = int(np.searchsorted(starts, away_WV.max(initial=0)))
-        flights = []
-        for block in range(num_blocks):
+        flights: list[Exchange] = []
+        for block in range(len(starts) - 1):
+            if block and block >= np.searchsorted(starts, nodes.between(home.result()).max(initial=0)):
+                break
             flights.append(self._open_between(rows_in_block(away_WV, starts, block), block))
             await_rows(int(starts[block + 1]))
             inbox = self._collect(
                 Block(
                     served=[nodes.served_by(int(mate)) for mate in mates],
-                    counts_RW=counts_RBW[:, block],
+                    counts_RW=counts_BRW[block],
                     lows_W=bounds_WB[:, block],
                     first_key=int(starts[block]),
                     sums_W=rows_in_block(home_W, starts, block),
@@ -125,13 +128,14 @@ class Merger:
                 f"inside a node, block {block}",
             )
             self._send(inbox, flights[-1])
+        home.result()  # all ranks agree
         num_sent = int(home_W[nodes.sources].sum())
         self._counters.update(rows_between=num_sent, bytes_between=num_sent * self._lane.row_bytes, blocks=len(flights))
         await_rows(EVERYTHING)
         inbox = self._collect(
             Block(
                 served=list(mates[:, None]),
-                counts_RW=counts_RBW[:, -1],
+                counts_RW=counts_BRW[-1],
                 lows_W=bounds_WB[:, -2],
                 first_key=0,
                 sums_W=home_W,
@@ -153,10 +157,16 @@ class Merger:
             bounds_WB[dst, -1] = start + len(keys)
         return bounds_WB
 
-    def _gather(self, counts_BW: np.ndarray) -> np.ndarray:
-        """(R, B + 1, W) how many rows every mate has for every rank in every block."""
-        counts = np.ascontiguousarray(counts_BW, np.int32)
-        return self._inside.gather_counts(self._tag, counts.ravel())[self._nodes.mates].reshape(-1, *counts.shape)
+    def _key_ends(self) -> np.ndarray:
+        """(W,) one more than the last key of my rows for each rank."""
+        last = [keys_for(self._lane, dst)[-1:] for dst in range(len(self._lane.send_counts))]
+        return np.array([int(keys[0]) + 1 if len(keys) else 0 for keys in last])
+
+    def _gather(self, mine_NW: np.ndarray) -> np.ndarray:
+        """(N, R, W) those numbers of every mate."""
+        mine = np.ascontiguousarray(mine_NW, np.int32)
+        every = self._inside.gather_counts(self._tag, mine.ravel())[self._nodes.mates]
+        return every.reshape(-1, *mine.shape).swapaxes(0, 1)
 
     def _open(self, transport: Transport, lanes: Sequence[Lane], which: str) -> Exchange:
         if self._merge.open is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 from queue import SimpleQueue
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from moecomm.transport.collective import CollectiveTransport
 
 _LANES = 16  # of an exchange at most, so that every message has a tag of its own
+_SEQS = 256  # messages of one tag arrive in order
 _TAGS = 1 << 30
 _AT_ONCE = timedelta(milliseconds=1)
 _LOOK_S = 0.01
@@ -174,6 +176,7 @@ class PairExchange(Exchange):
         self._rows: list[dict[int, Tensor]] = [{} for _ in lanes]
         self._received = [_empty(int(lane.recv_counts.sum()), lane.row_bytes) for lane in lanes]
         self._sends: list[Message] = []
+        self._departure: Arrival | None = None  # of all sends
         self._broken: Arrival | None = None
         messages = []
         try:
@@ -188,7 +191,8 @@ class PairExchange(Exchange):
         self._arrival = waiter.watch(messages)
 
     def _tag_of(self, lane: int) -> int:
-        return (self._seq * _LANES + lane) % _TAGS
+        # Ranks that do not do the same must not meet: a message that is too long for who waits ends a process.
+        return (zlib.crc32(self._tag.encode()) * _SEQS + self._seq % _SEQS) * _LANES % _TAGS + lane
 
     def put(self, lane: int, dst: int, src: Tensor, index: Tensor) -> None:
         copy_rows(self.target(lane, dst), src, index)
@@ -212,6 +216,8 @@ class PairExchange(Exchange):
             self._broken = Arrival.lost(error)
 
     def wait(self) -> list[Tensor]:
+        if self._departure is None:  # behind all that is opened by now
+            self._departure = self._waiter.watch(self._sends)
         self._transport.finish(self._broken or self._arrival, self._tag, self._seq)
         return self._received
 
@@ -221,7 +227,7 @@ class PairExchange(Exchange):
     def release(self) -> None:
         """Wait until all that was sent has left: it must not be gone before."""
         if self._sends:
-            self._transport.finish(self._waiter.watch(self._sends), self._tag, self._seq)
+            self._transport.finish(self._departure or self._waiter.watch(self._sends), self._tag, self._seq)
             self._sends, self._rows = [], []
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from moecomm.rows import copy_rows
 from moecomm.transport._fill import EVERYTHING
 from moecomm.transport._nodes import NodeMap, Shipment, Spread, block_starts, rows_in_block
 from moecomm.transport.base import Exchange, Lane, Transport
+
+if TYPE_CHECKING:
+    from moecomm.transport._ahead import Ahead
 
 
 @dataclass(frozen=True)
@@ -92,22 +95,27 @@ class Spreader:
         staged: Sequence[Tensor | None],
         told: np.ndarray,
         await_rows: Callable[[int], None],
+        ahead: Ahead | None = None,
     ) -> tuple[Exchange, list[Tensor]]:
         """Move everything; the exchange inside the node, complete, and its outputs.
 
         told: (W, 2 V) headers of all bundles. await_rows: waits until so many rows for each other node are packed.
+        ahead: the first block, if it has left.
         """
         rows_WV, copies_WV = np.split(told.astype(np.int64), 2, 1)
         away_WV = self._nodes.between(rows_WV)
         row_bytes = sum(self._lanes[number].row_bytes for number in self._repeating)
         starts = block_starts(row_bytes, int(away_WV.max(initial=0)))
         first: Exchange | None = None
-        flights = []
+        flights: list[Exchange | Ahead] = []
         for block, (start, stop) in enumerate(pairwise(starts.tolist())):
-            flights.append(self._open_block(rows_in_block(away_WV, starts, block)))
-            await_rows(stop)
-            assert bundle is not None
-            self._send_block(flights[-1], bundle, slice(start, stop))
+            if block or ahead is None:
+                flights.append(flight := self._open_block(rows_in_block(away_WV, starts, block)))
+                await_rows(stop)
+                assert bundle is not None
+                self._send_block(flight, bundle, slice(start, stop))
+            else:
+                flights.append(ahead)
             if first is None:  # the link is busy, and without this nobody can spread the block
                 first = self._send_first(rows_WV + copies_WV, bundle, staged)
         first = first or self._send_first(rows_WV + copies_WV, bundle, staged)
@@ -119,15 +127,18 @@ class Spreader:
         spread = self._spread_plan(arrived, rows_WV, copies_WV, starts)
         for direct, number in enumerate(self._direct, start=bool(self._repeating)):
             self._place(inner, number, arrived[direct])
-        for block, flight in enumerate(flights):
-            rows = flight.wait()
+        for block, sent in enumerate(flights):
+            rows = sent.wait() if isinstance(sent, Exchange) else sent.wait(rows_WV[:, self._nodes.node])
             self._put_block(inner, rows, spread, block)
             next(own, None)  # a part of what never leaves the node, after each block but the last
         for _ in own:
             pass
         inner.commit()
-        for flight in (first, *flights):
-            flight.release()
+        if ahead is not None and not flights:  # nobody sends anything to another node
+            ahead.wait(rows_WV[:, self._nodes.node])
+            ahead.release()
+        for sent in (first, *flights):
+            sent.release()
         return inner, inner.wait()
 
     # -- between nodes ---------------------------------------------------------------------------------------------

@@ -206,6 +206,7 @@ class Transport(ABC):
     node_of_rank: np.ndarray | None = None  # (W,) of a transport that merges rows per node
     padded_slots: PaddedSlots | None = None  # where ranks reach each other's memory
     goes_on: bool = False  # whether the caller does something else before it waits for what it opens now
+    takes_less: bool = False  # whether a rank may send fewer rows than a contiguous lane says: they lie in front
     is_fused: bool = False  # made of kernels that do whole operations: see `moecomm.fused`
 
     @abstractmethod
@@ -220,6 +221,12 @@ class Transport(ABC):
     @abstractmethod
     def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
         """All-gather (C,) int32 counts into (W, C); `tag` (what is being done) must agree on all ranks."""
+
+    def send_ahead(self, tag: str, payloads: Sequence[Tensor], places_TV: Tensor) -> None:  # noqa: B027
+        """Hear what the next exchange, `tag`, will send in its lanes that repeat: some of it may leave at once.
+
+        payloads: (T, ...) rows. places_TV: (T, V) see `plan.node_places`.
+        """
 
     @abstractmethod
     def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:

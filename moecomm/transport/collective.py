@@ -41,6 +41,7 @@ class CollectiveTransport(Transport):
         self._seq = 0  # of the next operation
         # A duplicate is gloo, on connections of our own: who agrees already needs no collective there.
         self._waiter = Waiter(self.process_group, self.timeout_s) if group.is_duplicate else None
+        self.takes_less = group.is_duplicate
         self.buffer_id = options.buffer_id
         self._seen: dict[int, str] = {}
 

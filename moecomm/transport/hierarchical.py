@@ -24,6 +24,7 @@ from moecomm.errors import MoECommError, PeerLostError, StallError
 from moecomm.group import Group
 from moecomm.rows import copy_rows, empty_rows
 from moecomm.topology import Topology
+from moecomm.transport._ahead import Ahead
 from moecomm.transport._fill import EVERYTHING, Fill
 from moecomm.transport._merge import Merger, sections
 from moecomm.transport._nodes import BLOCK_BYTES, NodeMap, Shipment
@@ -58,6 +59,7 @@ class HierarchicalTransport(Transport):
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="moecomm-move")
         self._clerk = ThreadPoolExecutor(1, thread_name_prefix="moecomm-counts")
         self._moves: list[Future[Any]] = []
+        self._ahead: Ahead | None = None  # of the exchange that is opened next
         self._closed = False
 
     @classmethod
@@ -99,8 +101,15 @@ class HierarchicalTransport(Transport):
             self.abort(PeerLostError(what, rank=self.group.rank, peers=[self.group.rank]))
             raise
 
+    def send_ahead(self, tag: str, payloads: Sequence[Tensor], places_TV: Tensor) -> None:
+        if self.between.takes_less and len(self.nodes.away):
+            self._ahead = ahead = Ahead(self.nodes, tag, payloads, places_TV)
+            self.move(lambda: ahead.send(self.between))
+
     def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
-        return HierarchicalExchange(self, tag, lanes, agreed=agreed)
+        ahead, self._ahead = self._ahead, None
+        assert ahead is None or ahead.tag == tag, "an operation that fails is the last one"
+        return HierarchicalExchange(self, tag, lanes, agreed=agreed, ahead=ahead)
 
     def abort(self, error: MoECommError) -> None:
         self.failure = self.failure or error
@@ -144,13 +153,16 @@ class HierarchicalTransport(Transport):
 class HierarchicalExchange(Exchange):
     """One operation: filled here by the caller's thread, moved by the transport's."""
 
-    def __init__(self, transport: HierarchicalTransport, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> None:
+    def __init__(
+        self, transport: HierarchicalTransport, tag: str, lanes: Sequence[Lane], *, agreed: bool, ahead: Ahead | None
+    ) -> None:
         self._transport, self._nodes, self._tag, self._lanes = transport, transport.nodes, tag, lanes
         self._staged = [None if lane.repeats else _staging(lane) for lane in lanes]
         self._wanted: dict[int, dict[int, tuple[Tensor, np.ndarray]]] = {
             number: {} for number, lane in enumerate(lanes) if lane.repeats
         }
         self._bundle: Bundle | None = None
+        self._ahead = ahead
         self._told = self._know_or_ask(agreed=agreed)
         pauses = transport.is_idle and not transport.goes_on
         self._fill = Fill(lambda: transport.failure is not None, transport.timeout_s, pauses=pauses)
@@ -228,7 +240,8 @@ class HierarchicalExchange(Exchange):
         self._told = self._told or self._transport.ask(self._tag, self._bundle.header())
         self._fill.reach(0)
         step = max(1, BLOCK_BYTES // sum(lane.row_bytes for lane in lanes))
-        for begin in range(0, max((len(shipments[node].rows) for node in nodes.away), default=0), step):
+        most = max((len(shipments[node].rows) for node in nodes.away), default=0)
+        for begin in range(0 if self._ahead is None else self._ahead.most_rows, most, step):  # the others have left
             for node in nodes.away:
                 self._pack_rows(packed, int(node), slice(begin, begin + step))
             self._fill.reach(begin + step)
@@ -259,7 +272,7 @@ class HierarchicalExchange(Exchange):
         spreader = Spreader(
             self._nodes, transport.inside, transport.between, self._tag, self._lanes, transport.counters
         )
-        return keep(*spreader.run(self._bundle, self._staged, told, self._await))
+        return keep(*spreader.run(self._bundle, self._staged, told, self._await, self._ahead))
 
     def _merge_and_spread(self) -> list[Tensor]:
         """Move a lane that merges, then what comes with it."""

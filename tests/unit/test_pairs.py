@@ -98,6 +98,27 @@ def test_who_is_silent_and_who_hears_of_it() -> None:
             assert error is None if rank == 3 else error == ("StallError", (3,)), (rank, error)
 
 
+def sent_ahead(rank: int) -> list[int]:
+    """Rank 0 serves three, who send as many rows as the first block has, fewer, none and more; those who got what."""
+    sizes: dict[str, Any] = {"num_experts": 4, "hidden": 1 << 16, "top_k": 1, "max_tokens_per_rank": 9}
+    topology, seen = Topology((0, 1, 1, 1)), []
+    with moecomm.Buffer(topology=topology, transport="hierarchical", dtype=torch.float32, **sizes) as buffer:
+        for turn, tokens in enumerate(([4, 3, 0, 9], [9, 4, 4, 5], [0, 0, 0, 0])):
+            x = (100 * rank + torch.arange(tokens[rank])).float()[:, None].expand(-1, 1 << 16) + 1000 * turn
+            out = buffer.dispatch(x, torch.full((tokens[rank], 1), int(rank == 0)))
+            assert (out.x == out.x[:, :1]).all()
+            seen += out.x[:, 0].int().tolist()
+            assert torch.equal(buffer.combine(out.x, out.handle), x)
+    return seen
+
+
+def test_the_first_block_may_be_shorter_than_the_room_for_it() -> None:
+    with RankPool(4, timeout_s=100.0) as pool:
+        zero, one, *others = pool.run(sent_ahead)
+    assert zero == [100, 101, 102, *range(300, 309), *range(1100, 1104), *range(1200, 1204), *range(1300, 1305)]
+    assert one == [*range(4), *range(1000, 1009)] and others == [[], []]
+
+
 def without_store(rank: int) -> tuple[str, tuple[int, ...]] | None:
     """Rank 3, alone on its node, does not come, and the store does not answer: the others name no other node."""
     sizes: dict[str, Any] = {
