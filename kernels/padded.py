@@ -47,9 +47,11 @@ class _Scan(NamedTuple):
 
 
 @triton.jit
-def _tell_counts(slots, topk_idx, num_entries, num_experts, WIRE: tl.constexpr, SCAN: tl.constexpr):
-    """Tell every rank how many rows each of its experts gets from here."""
-    link = slots.out
+def _tell_counts(link, slots, topk_idx, num_entries, num_experts, WIRE: tl.constexpr, SCAN: tl.constexpr):
+    """Tell every rank how many rows each of its experts gets from here.
+
+    `link` is that of `slots`: in tuples of tuples that a function is given, Triton 3.6 forgets integers that are 1.
+    """
     step = tl.num_programs(0) * SCAN.experts
     for first in range(tl.program_id(0) * SCAN.experts, num_experts, step):
         expert = first + tl.arange(0, SCAN.experts)
@@ -67,9 +69,8 @@ def _tell_counts(slots, topk_idx, num_entries, num_experts, WIRE: tl.constexpr, 
 
 
 @triton.jit
-def _place_entry(slots, topk_idx, entry, num_experts, WIRE: tl.constexpr, SCAN: tl.constexpr):
+def _place_entry(link, slots, topk_idx, entry, num_experts, WIRE: tl.constexpr, SCAN: tl.constexpr):
     """Row of an entry at its expert's rank, -1 for none, and that rank; both are kept, and what is wrong is noted."""
-    link = slots.out
     expert = tl.load(topk_idx + entry)
     valid = (expert >= 0) & (expert < num_experts)
     earlier = tl.full((SCAN.entries,), 0, tl.int32)
@@ -120,9 +121,9 @@ def _padded_send_kernel(
             tl.store(slots.notes + REPEATED, number + 1)
     if may_send(link) & is_free:
         num_entries = num_tokens * TOP_K
-        _tell_counts(slots, topk_idx, num_entries, num_experts, WIRE, SCAN)
+        _tell_counts(link, slots, topk_idx, num_entries, num_experts, WIRE, SCAN)
         for entry in range(tl.program_id(0), num_entries, tl.num_programs(0)):
-            place, rank = _place_entry(slots, topk_idx, entry, num_experts, WIRE, SCAN)
+            place, rank = _place_entry(link, slots, topk_idx, entry, num_experts, WIRE, SCAN)
             if topk_weights is not None:
                 tl.store(slots.topk_weights + entry, tl.load(topk_weights + entry))
             else:
