@@ -11,6 +11,7 @@ result is compared with a reference before anything is timed. Without a GPU the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from bench.harness import Benchmark, Recorder, compared, main
 from bench.kernel_works import Bench
 from bench.memory import PeakMemory
 from bench.options import Setting, make_parser
+from bench.padded_works import MOST_TOKENS, PaddedBench, padded_area_bytes
 from bench.ranks import Ranks
 from bench.record import Measurement
 from bench.show import note
@@ -61,10 +63,15 @@ def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
     whose = {"case": setting.case_name(world), "world": world, "transport": "symmetric"}
     recorder = Recorder("kernels", setting, ranks, case.ids_of_rank, **whose)
     rows = []
-    for work in Bench(case, world, setting.experts).works():
+    works = [Bench(case, world, setting.experts).works()]
+    if setting.tokens <= MOST_TOKENS:
+        works.append(PaddedBench(case, world, setting.experts).works())
+    for work in itertools.chain(*works):
         with PeakMemory(ranks.device) as peak:
+            if work.before is not None:
+                work.before()
             work.check(work.launch())
-        times, launch_us = time_us(work.launch, setting, ranks.device)
+        times, launch_us = time_us(work.launch, setting, ranks.device, work.before)
         copies = copy_us(work.num_bytes, setting, ranks.device)
         moved = [Traffic(local=0, remote=0, dedup_local=0, dedup_remote=0, moved=work.num_bytes // 2)]
         extras = {"launch_us": round(launch_us, 2)}
@@ -76,13 +83,18 @@ def run_case(setting: Setting, ranks: Ranks) -> list[Measurement]:
     return compared(rows)
 
 
-def time_us(launch: Callable[[], Any], setting: Setting, device: torch.device) -> tuple[list[float], float]:
-    """Time of each launch on the device, and of the host for one launch, in microseconds."""
+def time_us(
+    launch: Callable[[], Any], setting: Setting, device: torch.device, before: Callable[[], Any] | None = None
+) -> tuple[list[float], float]:
+    """Time of each launch on the device, and of the host for one launch with what comes `before`, in microseconds."""
+    before = before or (lambda: None)
     for _ in range(max(1, setting.warmup)):
+        before()
         launch()
     if device.type == "cpu":
         times = []
         for _ in range(setting.repeats):
+            before()
             start = time.perf_counter()
             launch()
             times.append(1e6 * (time.perf_counter() - start))
@@ -95,6 +107,7 @@ def time_us(launch: Callable[[], Any], setting: Setting, device: torch.device) -
         asleep.record()
         start = time.perf_counter()
         for begin, end in marks:
+            before()
             begin.record()
             launch()
             end.record()
@@ -120,7 +133,10 @@ def counted() -> Iterator[list[str]]:
 
     names: list[str] = []
     modules = [importlib.import_module(f"moecomm.kernels.{name}") for name in ("layout", "push", "receive", "combine")]
-    modules += [importlib.import_module(f"moecomm.kernels.{name}") for name in ("reduce", "permute", "sync")]
+    modules += [
+        importlib.import_module(f"moecomm.kernels.{name}")
+        for name in ("reduce", "permute", "sync", "padded", "padded_home")
+    ]
     plain = {module: vars(module)["launch"] for module in modules}
 
     def counting(kernel: Any, *args: Any, **options: Any) -> None:
@@ -150,7 +166,11 @@ def launches_per_operation(device: str) -> dict[str, list[str]]:
         buffer.dispatch(x, handle=out.handle)
         found["replay"], names[:] = list(names), []
         buffer.combine(out.x, out.handle)
-        found["combine"] = list(names)
+        found["combine"], names[:] = list(names), []
+        out = buffer.dispatch(x, ids, layout="padded")
+        found["dispatch, padded"], names[:] = list(names), []
+        buffer.combine(buffer.combine_input(out.handle), out.handle)
+        found["combine, padded"] = list(names)
     return found
 
 
@@ -170,9 +190,12 @@ def between_gpus() -> int:
 
 
 def needed_bytes(setting: Setting, world: int) -> int:
-    """Bytes of all ranks: two generations of rows from everybody, and what arrives, its copy and the copies' roof."""
+    """Bytes of all ranks: two generations of rows from everybody, what arrives, its copy, the copies' roof; slots."""
     here = setting.tokens * setting.options.world
-    return (2 * setting.options.world * here + 6 * setting.tokens * (1 + setting.top_k)) * setting.row_bytes
+    needed = (2 * setting.options.world * here + 6 * setting.tokens * (1 + setting.top_k)) * setting.row_bytes
+    if setting.tokens > MOST_TOKENS:
+        return needed
+    return needed + 5 * setting.options.world * padded_area_bytes(setting.tokens, setting.experts, setting.row_bytes)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,7 +19,8 @@ from moecomm import ExpertPlacement
 class Work:
     """One kernel: how to launch it, the bytes that it reads and writes, and what is wrong with its result.
 
-    check: given what `launch` gave, raises AssertionError; proves: what it has then shown, as in `Measurement.gate`.
+    check: given what `launch` gave, raises AssertionError; proves: what it has then shown, as in `Measurement.gate`;
+    before: what must be done before every launch, and is not timed.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Work:
     num_bytes: int
     check: Callable[[Any], None]
     proves: str = "bit for bit"
+    before: Callable[[], Any] | None = None
 
 
 class Bench:
@@ -99,7 +101,7 @@ class Bench:
             push(self.x, sent, link, wire=self.wire, replay=True)
 
         def check_reduce(y: Tensor) -> None:
-            _same(y, reduce_ref(self._area(0), sent.pair_row), "reduce")
+            same(y, reduce_ref(self._area(0), sent.pair_row), "reduce")
 
         moved = pairs * row + self.tokens * (row + 4 * self.world)
         yield Work("reduce", lambda: reduce(come, sent.pair_row), moved, check_reduce)
@@ -109,7 +111,7 @@ class Bench:
             sums, source = reduce_ref(got.x, got.table, got.weights), got.wire_row // self.tokens
             for rank in range(self.world):
                 slots = got.wire_row[source == rank].long() - rank * self.tokens
-                _same(self._area(rank)[slots], sums[source == rank], "push_reduced")
+                same(self._area(rank)[slots], sums[source == rank], "push_reduced")
 
         moved = entries * (row + 4) + arrive * (row + line + 8)
         yield Work("push_reduced", lambda: push_reduced(got.x, *home, wire=self.wire), moved, check_sums)
@@ -125,12 +127,12 @@ class Bench:
             "unpermute",
             lambda: unpermute(self.x, order),
             2 * self.tokens * self.row_bytes,
-            lambda y: _same(y, self.x[order.long()], "unpermute"),
+            lambda y: same(y, self.x[order.long()], "unpermute"),
         )
 
         def check_codes(given: tuple[Tensor, Tensor]) -> None:
             for got, expected in zip(given, quantize_ref(self.x.cpu()), strict=True):
-                _same(got.cpu(), expected, "quantize")
+                same(got.cpu(), expected, "quantize")
 
         moved = self.tokens * (self.row_bytes + self._fp8_bytes)
         yield Work("quantize", lambda: quantize(self.x), moved, check_codes, "as the reference quantises")
@@ -147,7 +149,7 @@ class Bench:
             for rank in range(self.world):
                 slots = sent.pair_row[where[:, rank], rank].long() - rank * self.tokens
                 got = self._area(rank, expected_TH.dtype)[slots]
-                _same(got, expected_TH[where[:, rank]], name)
+                same(got, expected_TH[where[:, rank]], name)
 
         moved = (self.tokens + pairs) * (self.row_bytes + meta)
         yield Work("push", lambda: push(self.x, sent, me, wire=self.wire), moved, lambda _: check_sent(self.x, "push"))
@@ -185,6 +187,7 @@ class Bench:
         check_dispatch(self.case, rows_NH, self.placement, name)
 
 
-def _same(got: Tensor, expected: Tensor, name: str) -> None:
+def same(got: Tensor, expected: Tensor, name: str) -> None:
+    """Raise AssertionError unless both are of the same bytes."""
     same = torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
     assert same, f"{name}: not what the reference gives"
