@@ -245,7 +245,7 @@ def start_dispatch(
             places_TV, rows_V = node_places(plan.pair_pos_TW, nodes)
             told = np.concatenate([told, rows_V])
         with core.phase("send"):
-            core.transport.send_ahead(tag, payloads, places_TV)
+            core.transport.send_ahead(tag, told, payloads, places_TV)
     with core.phase("counts"):
         gathered = core.transport.gather_counts(tag, told)
     with core.phase("plan"):

@@ -17,42 +17,48 @@ from moecomm.transport.base import Exchange, Transport, as_bytes
 
 @final
 class Ahead:
-    """A block that may be shorter than who receives it has room for. At least one row travels: somebody waits for it.
+    """Rows of every node packed before counts are known, and the first block of them on its way.
 
-    Packed when it is made, in the caller's thread; the rest belongs to the thread that moves.
+    The block may be shorter than who receives it has room for; at least one row travels, as somebody waits for it.
+    `send` and what follows belong to the thread that moves, the rest to the caller's.
 
-    tag: of the operation. payloads: (T, ...) what repeats. places_TV: see `plan.node_places`.
+    tag: of the operation. payloads: (T, ...) what repeats. places_TV: see `plan.node_places`. packed: of every lane, for
+    every node, the rows that it wants, ascending.
     """
 
     def __init__(self, nodes: NodeMap, tag: str, payloads: Sequence[Tensor], places_TV: Tensor) -> None:
         self.tag, self._nodes = tag, nodes
-        rows = [as_bytes(payload) for payload in payloads]
-        self._row_bytes = [of_lane.shape[1] for of_lane in rows]
+        self._rows = [as_bytes(payload) for payload in payloads]
+        self._row_bytes = [of_lane.shape[1] for of_lane in self._rows]
         self.most_rows = max(1, BLOCK_BYTES // max(1, sum(self._row_bytes)))
-        self._packed: list[list[Tensor]] = []  # for every other node, of every lane
+        self._index_V = [torch.nonzero(places_T >= 0).view(-1) for places_T in places_TV.unbind(1)]
+        self.packed = [[_room(len(index), row_bytes) for index in self._index_V] for row_bytes in self._row_bytes]
         self._flight: Exchange | None = None
         for node in nodes.away:
-            places = places_TV[:, int(node)]
-            index = torch.nonzero((places >= 0) & (places < self.most_rows)).view(-1)
-            self._packed.append([self._pack(of_lane, index) for of_lane in rows])
+            self._pack(int(node), slice(0, self.most_rows))
 
-    def _pack(self, rows: Tensor, index: Tensor) -> Tensor:
-        packed = empty_rows(max(1, len(index)), rows.shape[1], torch.uint8, rows.device)
-        if len(index):
-            copy_rows(packed, rows, index)
-        else:
-            packed.zero_()
-        return packed
+    def pack_rest(self) -> None:
+        """Pack what is not in the first block."""
+        for node in self._nodes.away:
+            self._pack(int(node), slice(self.most_rows, None))
+        self._pack(self._nodes.node, slice(None))
+
+    def _pack(self, node: int, part: slice) -> None:
+        index = self._index_V[node][part]
+        for rows, packed in zip(self._rows, self.packed, strict=True):
+            if len(index):
+                copy_rows(packed[node][part], rows, index)
 
     def send(self, between: Transport) -> None:
         """Let it go."""
         nodes = self._nodes
         forwarders = nodes.forwarder_WV[nodes.rank, nodes.away]
         send, room = np.zeros((2, nodes.topology.num_ranks), np.int64)
-        send[forwarders] = [len(of_node[0]) for of_node in self._packed]
+        first = [[of_lane[int(node)][: self.most_rows] for of_lane in self.packed] for node in nodes.away]
+        send[forwarders] = [len(of_node[0]) for of_node in first]
         room[nodes.sources] = self.most_rows
         flight = between.open(self.tag, [packed_lane(size, send, room) for size in self._row_bytes], agreed=True)
-        for forwarder, of_node in zip(forwarders, self._packed, strict=True):
+        for forwarder, of_node in zip(forwarders, first, strict=True):
             for lane, rows in enumerate(of_node):
                 flight.lend(lane, int(forwarder), rows)
         flight.commit()
@@ -72,3 +78,8 @@ class Ahead:
         """Wait until all of it has left, and nobody needs what came."""
         assert self._flight is not None, "it was sent"
         self._flight.release()
+
+
+def _room(num_rows: int, row_bytes: int) -> Tensor:
+    rows = empty_rows(max(1, num_rows), row_bytes, torch.uint8, torch.device("cpu"))
+    return rows if num_rows else rows.zero_()

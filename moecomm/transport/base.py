@@ -222,10 +222,13 @@ class Transport(ABC):
     def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
         """All-gather (C,) int32 counts into (W, C); `tag` (what is being done) must agree on all ranks."""
 
-    def send_ahead(self, tag: str, payloads: Sequence[Tensor], places_TV: Tensor) -> None:  # noqa: B027
-        """Hear what the next exchange, `tag`, will send in its lanes that repeat: some of it may leave at once.
+    def send_ahead(  # noqa: B027
+        self, tag: str, counts: np.ndarray, payloads: Sequence[Tensor], places_TV: Tensor
+    ) -> None:
+        """Hear what the next `gather_counts` will tell, and what the exchange after it will send in lanes that repeat.
 
-        payloads: (T, ...) rows. places_TV: (T, V) see `plan.node_places`.
+        All of the first and some of the second may leave at once. payloads: (T, ...) rows. places_TV: (T, V) see
+        `plan.node_places`.
         """
 
     @abstractmethod

@@ -59,6 +59,7 @@ class HierarchicalTransport(Transport):
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="moecomm-move")
         self._clerk = ThreadPoolExecutor(1, thread_name_prefix="moecomm-counts")
         self._moves: list[Future[Any]] = []
+        self._asked: Future[np.ndarray] | None = None  # what `gather_counts` is about to ask
         self._ahead: Ahead | None = None  # of the exchange that is opened next
         self._closed = False
 
@@ -70,7 +71,8 @@ class HierarchicalTransport(Transport):
         return Support(True, nodes)
 
     def gather_counts(self, tag: str, counts: np.ndarray) -> np.ndarray:
-        return self.ask(tag, counts).result()
+        asked, self._asked = self._asked or self.ask(tag, counts), None
+        return asked.result()
 
     def ask(self, tag: str, counts: np.ndarray) -> Future[np.ndarray]:
         """All-gather counts, in the order of the calls and independently of what moves."""
@@ -101,10 +103,15 @@ class HierarchicalTransport(Transport):
             self.abort(PeerLostError(what, rank=self.group.rank, peers=[self.group.rank]))
             raise
 
-    def send_ahead(self, tag: str, payloads: Sequence[Tensor], places_TV: Tensor) -> None:
+    def send_ahead(self, tag: str, counts: np.ndarray, payloads: Sequence[Tensor], places_TV: Tensor) -> None:
+        self._asked = self.ask(tag, counts)
         if self.between.takes_less and len(self.nodes.away):
             self._ahead = ahead = Ahead(self.nodes, tag, payloads, places_TV)
-            self.move(lambda: ahead.send(self.between))
+            if self.is_idle:  # nobody else moves now
+                self._guarded(lambda: ahead.send(self.between))
+            else:
+                self.move(lambda: ahead.send(self.between))
+            ahead.pack_rest()
 
     def open(self, tag: str, lanes: Sequence[Lane], *, agreed: bool) -> Exchange:
         ahead, self._ahead = self._ahead, None
@@ -227,21 +234,23 @@ class HierarchicalExchange(Exchange):
 
     def _pack(self) -> None:
         """Find out which rows go to which node, and lay them out in blocks; those of this node last."""
-        nodes, first = self._nodes, min(self._wanted)
+        nodes, first, ahead = self._nodes, min(self._wanted), self._ahead
         nothing = np.empty(0, np.int64)
         wanted = {dst: index for dst, (_, index) in self._wanted[first].items()}
         shipments = []
         for ranks in nodes.ranks_of_node:
             slots = [slots_of(self._lanes[first], int(dst)) for dst in ranks]
             shipments.append(Shipment.pack([wanted.get(int(dst), nothing) for dst in ranks], slots))
+        if ahead is not None:
+            self._bundle = Bundle(shipments, ahead.packed)
+            return
         lanes = [self._lanes[number] for number in self._wanted]
         packed = [[_empty(len(shipment.rows), lane.row_bytes) for shipment in shipments] for lane in lanes]
         self._bundle = Bundle(shipments, packed)
         self._told = self._told or self._transport.ask(self._tag, self._bundle.header())
         self._fill.reach(0)
         step = max(1, BLOCK_BYTES // sum(lane.row_bytes for lane in lanes))
-        most = max((len(shipments[node].rows) for node in nodes.away), default=0)
-        for begin in range(0 if self._ahead is None else self._ahead.most_rows, most, step):  # the others have left
+        for begin in range(0, max((len(shipments[node].rows) for node in nodes.away), default=0), step):
             for node in nodes.away:
                 self._pack_rows(packed, int(node), slice(begin, begin + step))
             self._fill.reach(begin + step)
