@@ -20,10 +20,10 @@ class Ahead:
     """Rows of every node packed before counts are known, and the first block of them on its way.
 
     The block may be shorter than who receives it has room for; at least one row travels, as somebody waits for it.
-    `send` and what follows belong to the thread that moves, the rest to the caller's.
+    `wait` and `release` belong to the thread that moves, and `send` if that one is busy; the rest to the caller's.
 
-    tag: of the operation. payloads: (T, ...) what repeats. places_TV: see `plan.node_places`. packed: of every lane, for
-    every node, the rows that it wants, ascending.
+    tag: of the operation. payloads: (T, ...) what repeats. places_TV: see `plan.node_places`. packed: of every lane,
+    for every node, the rows that it wants, ascending.
     """
 
     def __init__(self, nodes: NodeMap, tag: str, payloads: Sequence[Tensor], places_TV: Tensor) -> None:
