@@ -170,7 +170,7 @@ def needed_bytes(setting: Setting, world: int) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the family, and one more."""
-    made = make_parser(__doc__, repeats=24)
+    made = make_parser(__doc__, repeats=24, repeats_of_tiny=56)
     made.add_argument("--burst", type=int, default=0, help="calls in a row; 0: 16 up to 256 tokens, else 1")
     return made
 

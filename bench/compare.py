@@ -4,10 +4,13 @@
     python bench/compare.py before.json after.json --absolute   # times instead of ratios: for one quiet machine only
 
 Compared is `ratio`, time over that of the baseline in the same run, so that a slower machine is no regression; where a
-path has no ratio, its time. The noise of a median of n rounds comes from the spread between p20 and p80: for a normal
-distribution these are 1.683 standard deviations s apart, and the median has a standard error of 1.253 s / sqrt(n). The
-bound on a change is --noise standard errors of all medians in it, and not less than --floor, for what differs from run
-to run rather than from round to round. A path whose noise is wider than --widest is called noisy: repeat it longer.
+path has no ratio, its time. How sure a number is, its sittings say: their standard deviation over the root of how many
+there were, so that what drifts by seconds, and what each buffer brings along, counts (`bench/sittings.py`). A row of
+one sitting has only the spread of its rounds, which knows nothing of that: for a normal distribution p20 and p80 are
+1.683 standard deviations s apart, and the median of n has a standard error of 1.253 s / sqrt(n). The bound on a change
+is --noise standard errors of both numbers (more where few sittings told them, as in Student's t), and --floor, for what
+differs between processes, as the legs of a right triangle. A path whose noise is wider than --widest is called noisy:
+repeat it longer, or leave the machine alone meanwhile.
 
 Exit status: 0 nothing got slower; 1 something did; 2 the files cannot be compared.
 """
@@ -19,7 +22,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import hypot, inf, sqrt
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -60,6 +63,14 @@ def relative_noise(row: Measurement) -> float:
     return _MEDIAN * (row.p80_us - row.p20_us) / _SPREAD / sqrt(row.iterations) / row.p50_us if row.p50_us else 0.0
 
 
+def _noises(row: Measurement, base: Measurement | None, is_ratio: bool) -> list[float]:
+    """Relative standard errors of what makes the number that is compared."""
+    told = row.ratio_noise if is_ratio else row.p50_noise
+    if told is not None:
+        return [told]
+    return [relative_noise(one) for one in (row, base if is_ratio else None) if one is not None]
+
+
 def compare(
     before: Sequence[Measurement],
     after: Sequence[Measurement],
@@ -72,7 +83,7 @@ def compare(
     """Compare the rows that both have, by benchmark, case, path, operation and transport.
 
     Raises:
-        ResultsError: there are none, or a case has another routing in the other file.
+        ResultsError: there are none, or a case has another routing in the other file, or is steady in one only.
 
     >>> from bench.record import example
     >>> compare([example(p50_us=100.0)], [example(p50_us=125.0)])[0].verdict
@@ -92,13 +103,22 @@ def compare(
                 f"{old.case}: routing {old.routing_hash} in one file, {new.routing_hash} in the other; "
                 "use the same --seed and --skew"
             )
+        if old.steady != new.steady:
+            raise ResultsError(f"{old.case}: one file was measured with --steady on, the other with off; use the same")
         if old.path in _ROOFS and not absolute:
             continue
-        medians, metric, values, change = [old, new], "p50 us", (old.p50_us, new.p50_us), new.p50_us / old.p50_us - 1
+        metric, values, change = "p50 us", (old.p50_us, new.p50_us), new.p50_us / old.p50_us - 1
+        is_ratio = False
         if old.ratio and new.ratio and not absolute:
+            is_ratio = True
             metric, values, change = "ratio", (old.ratio, new.ratio), old.ratio / new.ratio - 1
-            medians += [base[key[:2] + key[3:4]] for base in bases if key[:2] + key[3:4] in base]
-        spread = noise * sqrt(sum(relative_noise(row) ** 2 for row in medians))
+        errors = [
+            error
+            for row, base in zip((old, new), bases, strict=True)
+            for error in _noises(row, base.get(key[:2] + key[3:4]), is_ratio)
+        ]
+        freedom = old.sittings + new.sittings - 2 or inf
+        spread = noise * (1 + (noise**2 + 1) / (4 * freedom)) * sqrt(sum(error**2 for error in errors))  # Student's t
         changes.append(
             Change(
                 case=old.case,
@@ -108,8 +128,8 @@ def compare(
                 before=values[0],
                 after=values[1],
                 change=round(change, 4),
-                bound=round(max(floor, spread), 4),
-                verdict=_verdict(change, max(floor, spread), spread > widest),
+                bound=round(hypot(floor, spread), 4),
+                verdict=_verdict(change, hypot(floor, spread), spread > widest),
             )
         )
     return changes
@@ -148,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--floor", type=float, default=0.1, help="least bound on a change (default: 0.1)")
+    parser.add_argument("--floor", type=float, default=0.1, help="bound of a change without noise (default: 0.1)")
     parser.add_argument("--noise", type=float, default=3.0, help="standard errors in a bound (default: 3)")
     parser.add_argument("--widest", type=float, default=0.5, help="noise beyond which a path is noisy (default: 0.5)")
     parser.add_argument("--absolute", action="store_true", help="compare times, not ratios")

@@ -27,6 +27,7 @@ from bench.ranks import Ranks
 from bench.record import Measurement, environment, percentiles, write
 from bench.routing import max_over_mean, routing_hash
 from bench.show import note, print_json, print_rows
+from bench.sittings import merged, split
 from bench.traffic import Traffic
 
 # What all ranks find out alike: one of them says so.
@@ -77,6 +78,7 @@ class Recorder:
             "world": ranks.world,
             "nodes": max(1, ranks.world // max(1, ranks.local_world)),
             "threads": torch.get_num_threads(),
+            "steady": ranks.is_steady,
             "tokens": setting.tokens,
             "command": setting.options.command,
             **environment(),
@@ -132,7 +134,8 @@ def main(benchmark: Benchmark, parser: argparse.ArgumentParser, argv: Sequence[s
     rank = 0
     signal.signal(signal.SIGTERM, _terminated)  # torchrun sends it to the others when a rank has died
     try:
-        ranks = Ranks(args.device)
+        shapes = {setting.preset for setting in settings(args)}
+        ranks = Ranks(args.device, steady="off" if args.steady == "auto" and shapes != {"tiny"} else args.steady)
         rank = ranks.rank
         args.command = f"{ranks.launch} bench/{parser.prog} {shlex.join(_without_out(argv))}".strip()
         _run(benchmark, args, ranks, kept)
@@ -156,12 +159,20 @@ def _run(benchmark: Benchmark, args: argparse.Namespace, ranks: Ranks, kept: lis
         if reason := refusal(setting, benchmark.takes):
             raise ValueError(reason)
         check_memory(benchmark, setting, ranks)
-    for number, setting in enumerate(every, 1):
-        note(ranks.rank, f"[{number}/{len(every)}] {benchmark.name}: {setting.case_name(ranks.world)}")
-        rows = benchmark.run_case(setting, ranks)
-        kept += rows
-        if ranks.rank == 0 and args.out and rows:
-            write(rows, args.out)
+    done: dict[tuple[str, ...], list[Measurement]] = {}
+    rounds = [split(setting.repeats, args.sittings) for setting in every]
+    for sitting in range(max(map(len, rounds))):
+        for number, (setting, of_setting) in enumerate(zip(every, rounds, strict=True), 1):
+            if sitting >= len(of_setting):
+                continue
+            which = f" (sitting {sitting + 1} of {len(of_setting)})" * (len(of_setting) > 1)
+            note(ranks.rank, f"[{number}/{len(every)}] {benchmark.name}: {setting.case_name(ranks.world)}{which}")
+            rows = benchmark.run_case(replace(setting, repeats=of_setting[sitting]), ranks)
+            for row in rows:
+                done.setdefault(row.key, []).append(row)
+            if ranks.rank == 0 and args.out and rows:
+                write([merged(done[row.key]) for row in rows], args.out)
+            kept[:] = map(merged, done.values())
     if ranks.rank == 0:
         (print_json if args.json else print_rows)(kept)
         if args.out and kept:

@@ -23,7 +23,8 @@ class Setting:
     """What one case of a benchmark is: one number of tokens and one skew, on every transport that was asked for.
 
     hidden, experts, top_k: H, E, K. tokens: T per rank. transports: names as `Buffer` takes them. dtype: of the rows.
-    quant: None or what `dispatch(quant=)` takes. repeats, warmup: rounds. seed: of routing and rows.
+    quant: None or what `dispatch(quant=)` takes. repeats, warmup: rounds that count,
+        and before each sitting. seed: of routing and rows.
     options: the whole command line, for what only one benchmark has.
     """
 
@@ -71,11 +72,17 @@ class Setting:
 
 
 def make_parser(
-    about: str | None, own_shape: Mapping[str, Sequence[int]] | None = None, **defaults: Any
+    about: str | None,
+    own_shape: Mapping[str, Sequence[int]] | None = None,
+    *,
+    repeats: int = 12,
+    repeats_of_tiny: int | None = None,
+    **defaults: Any,
 ) -> argparse.ArgumentParser:
     """A parser with the options of the family; a benchmark adds its own, and gives other defaults by name.
 
     own_shape: the `hidden`, `experts` and `top_k` of a benchmark that has no preset of its own; --preset replaces them.
+    repeats, repeats_of_tiny: rounds without --repeats, and for preset tiny, if these are others.
     """
     shapes = {name: ",".join(map(str, sizes)) for name, sizes in (own_shape or {}).items()}
     own = "H {hidden}, E {experts}, K {top_k}".format(**shapes) if shapes else "tiny"
@@ -98,13 +105,17 @@ def make_parser(
     how.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the rows (default: %(default)s)")
     how.add_argument("--quant", choices=("none", *FORMATS), default="none", help="of rows on the wire (default: none)")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    steady = "bind ranks to cores and settle malloc, so that runs agree (auto: preset tiny with a core for each rank)"
+    how.add_argument("--steady", choices=("auto", "on", "off"), default="auto", help=steady)
     run = parser.add_argument_group("run")
-    run.add_argument("--repeats", type=_positive, default=12, help="timed rounds (default: %(default)s)")
-    run.add_argument("--warmup", type=_count, default=3, help="rounds before them (default: %(default)s)")
+    tiny = f", of tiny {repeats_of_tiny}" if repeats_of_tiny else ""
+    run.add_argument("--repeats", type=_positive, help=f"timed rounds (default: {repeats}{tiny})")
+    run.add_argument("--sittings", type=_positive, default=0, help="with buffers of their own (default: repeats / 8)")
+    run.add_argument("--warmup", type=_count, default=3, help="rounds before each sitting (default: %(default)s)")
     run.add_argument("--seed", type=_count, default=0, help="of routing and rows (default: %(default)s)")
     run.add_argument("--out", type=Path, help="write OUT.csv and OUT.json (cases that are there are replaced)")
     run.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
-    parser.set_defaults(own_shape=own_shape, **defaults)
+    parser.set_defaults(own_shape=own_shape, default_repeats=(repeats, repeats_of_tiny or repeats), **defaults)
     return parser
 
 
@@ -127,7 +138,7 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
             reduce=args.reduce,
             dtype=DTYPES[args.dtype],
             quant=None if args.quant == "none" else args.quant,
-            repeats=args.repeats,
+            repeats=args.repeats or args.default_repeats[preset_of(hidden, experts, top_k) == "tiny"],
             warmup=args.warmup,
             seed=args.seed,
             options=args,

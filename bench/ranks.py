@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 _LEAD_S = 0.002  # until the ranks begin: time enough for the slowest to hear of it
+_LEAD_OF_BURST_S = 0.0002  # the first call is not counted, and the ranks wait for each other in it
+_KEPT_BYTES = 31 << 20  # glibc's limit is 32 MiB, header included
 _MPI_VARIABLES = frozenset({"PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"})
 
 
@@ -24,9 +26,15 @@ class Ranks:
 
     Args:
         device: "auto", "cpu" or "cuda".
+        steady: "on": keep each rank, with the threads that it will start, on cores of its own, as many launchers for
+            MPI do, and bring malloc where it is in a process that has lived a while. "auto": so where each rank of
+            this machine can have a core. "off": as the launcher starts them.
+
+    Raises:
+        ValueError: steady is "on", and there are fewer cores than ranks, or it is a GPU that is measured.
     """
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", *, steady: str = "off") -> None:
         self.comm: Any = None
         environ = os.environ
         if "RANK" not in environ and _MPI_VARIABLES & environ.keys():
@@ -42,6 +50,15 @@ class Ranks:
             self.shares_device = self.local_world > torch.cuda.device_count()
             self.device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
+        can = self.device.type == "cpu" and self.local_world <= len(os.sched_getaffinity(os.getppid()))
+        if steady == "on" and not can:
+            raise ValueError(
+                f"--steady on: {self.local_world} ranks need a core each, and --device cpu; give --steady off"
+            )
+        self.is_steady = can and steady != "off"
+        if self.is_steady:
+            bind_to_cores(self.local_rank, self.local_world)
+            _settle_memory()
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
 
@@ -87,7 +104,7 @@ class Ranks:
         if burst == 1:
             return [[self.time_us(call)] for call in calls]
         times: list[list[float]] = [[] for _ in calls]
-        self.begin()
+        self.begin(_LEAD_OF_BURST_S)
         for _ in range(burst + 1):
             for number, call in enumerate(calls):
                 start = time.perf_counter()
@@ -96,14 +113,14 @@ class Ranks:
                 times[number].append(1e6 * (time.perf_counter() - start))
         return [of_call[1:] for of_call in times]
 
-    def begin(self) -> None:
+    def begin(self, lead_s: float = _LEAD_S) -> None:
         """Agree on a moment and wait for it: out of a barrier the ranks would come one by one.
 
         The last of four came 0.5 ms after the first on two cores, of two 0.05 ms (gloo, medians).
         """
         self.synchronize()
         if self.world > 1:
-            begin = torch.tensor(time.monotonic() + _LEAD_S, dtype=torch.float64)
+            begin = torch.tensor(time.monotonic() + lead_s, dtype=torch.float64)
             dist.all_reduce(begin, dist.ReduceOp.MAX)
             moment = float(begin)
             while time.monotonic() < moment:
@@ -131,6 +148,26 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
             dist.destroy_process_group()
+
+
+def bind_to_cores(local_rank: int, local_world: int) -> None:
+    """Give each rank an equal share of the cores; left alone if the launcher has bound it.
+
+    The threads of gloo wander otherwise, and the time of a call depends on where each of them happens to be.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if local_world > 1 and set(cores) == os.sched_getaffinity(os.getppid()):
+        first, after = (len(cores) * rank // local_world for rank in (local_rank, local_rank + 1))
+        os.sched_setaffinity(0, cores[first:after])
+
+
+def _settle_memory() -> None:
+    """Bring malloc where it is in any process that has lived a while: glibc keeps blocks up to the largest ever freed.
+
+    Until then tensors of megabytes come fresh from the system, or do not, by what was freed before: a factor of two.
+    """
+    freed = torch.ones(_KEPT_BYTES, dtype=torch.uint8)
+    del freed
 
 
 def _join_mpi() -> Any:

@@ -20,6 +20,7 @@ import moecomm
 
 SCHEMA = 2
 _ROOT = Path(__file__).resolve().parents[1]
+_CORES = len(os.sched_getaffinity(0))  # before ranks are bound
 
 
 class ResultsError(ValueError):
@@ -36,13 +37,17 @@ class Measurement:
     transport, layout, reduce, dtype, quant: options of the buffer and the operation ("" where they mean nothing).
     preset, hidden, experts, top_k: H, E, K and the model that has them. skew, routing_hash, max_over_mean: the routing.
     world, nodes, threads: W ranks, on how many nodes, CPU threads of each. tokens: T per rank.
-    iterations: rounds that the percentiles stand on.
+    steady: ranks were bound to cores and malloc had settled, see `bench.ranks`.
+    iterations: times that the percentiles stand on, of all sittings. sittings: how many there were, each with buffers
+        of its own; times and ratios are means of theirs,
+        without the highest and the lowest quarter. See `bench.sittings`.
     p20_us, p50_us, p80_us, p99_us: per round the maximum over ranks, then percentiles over rounds.
     bytes_local, bytes_remote: rows that this layout sends, all ranks, to the rank itself and to others.
     dedup_local_bytes, dedup_remote_bytes: the same with one row per (token, rank), the least any wire can carry.
     bytes_moved: what memory must read and write, halved. See `bench.traffic`.
     gb_per_s: bytes_moved / p50. percent_of_roof: p50 of "memcpy" of bytes_moved in the same run / p50.
-    ratio: p50 of the baseline in the same run / p50, so that more is better.
+    ratio: p50 of the baseline in the same sitting / p50, so that more is better.
+    p50_noise, ratio_noise: standard errors, from what differs between sittings, over the number; None: one sitting.
     peak_memory_bytes: the most that one rank had resident (CPU) or allocated (GPU) while this path ran; None: unknown.
     gate: what was checked before anything was timed; "" for a roof.
     device, versions, commit, date, command: where, what, and how to do it again.
@@ -82,6 +87,10 @@ class Measurement:
     gb_per_s: float
     percent_of_roof: float | None = None
     ratio: float | None = None
+    steady: bool = False
+    sittings: int = 1
+    p50_noise: float | None = None
+    ratio_noise: float | None = None
     peak_memory_bytes: int | None = None
     gate: str = ""
     device: str
@@ -124,10 +133,7 @@ def percentiles(times_us: Sequence[float]) -> tuple[float, float, float, float]:
 
 def environment() -> dict[str, str]:
     """Device, versions, commit and date of this run."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_model()}, {_CORES} cores"
     versions = f"moecomm {moecomm.__version__}, torch {torch.__version__}, python {platform.python_version()}"
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"device": device, "versions": versions, "commit": _commit(), "date": date}

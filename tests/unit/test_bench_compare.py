@@ -12,6 +12,7 @@ import pytest
 from bench.compare import compare, main
 from bench.harness import compared
 from bench.record import Measurement, ResultsError, example, percentiles, write
+from bench.sittings import merged
 
 
 def a_run(seed: int, slower: float = 1.0, machine: float = 1.0, sigma: float = 0.05) -> list[Measurement]:
@@ -42,6 +43,24 @@ def test_a_slower_machine_is_no_regression() -> None:
     assert {c.verdict for c in compare(a_run(1), a_run(2, machine=3.0), absolute=True)} == {"slower"}
 
 
+def test_what_differs_between_sittings_is_what_explains_a_change() -> None:
+    """Rounds of a sitting agree to 1 %; 15 % are a change where sittings do, not where they are 10 % apart."""
+
+    def one(apart: float, slower: float = 1.0) -> Measurement:
+        levels = [slower * (1 + apart * step) for step in (-1.5, -0.5, 0.0, 0.0, 0.5, 1.5)]
+        return merged([example(p50_us=100 * at, p20_us=99 * at, p80_us=101 * at, ratio=9 / at) for at in levels])
+
+    assert verdicts([one(0.01)], [one(0.01, slower=1.15)]) == {"slower"}
+    assert verdicts([one(0.1)], [one(0.1, slower=1.15)]) == {"same"}
+
+
+def test_one_disturbed_sitting_moves_no_number_and_is_told() -> None:
+    rows = [example(p50_us=us, ratio=900 / us) for us in (98.0, 99.0, 100.0, 101.0, 102.0)]
+    quiet, disturbed = merged(rows), merged([*rows[:4], example(p50_us=400.0, ratio=2.25)])
+    assert disturbed.p50_us == pytest.approx(quiet.p50_us, rel=0.01)
+    assert quiet.ratio_noise and disturbed.ratio_noise and disturbed.ratio_noise > 10 * quiet.ratio_noise
+
+
 def test_what_is_too_noisy_to_tell_says_so() -> None:
     assert verdicts(a_run(1, sigma=0.8), a_run(2, sigma=0.8)) == {"noisy"}
 
@@ -51,6 +70,8 @@ def test_files_that_do_not_belong_together() -> None:
         compare([example()], [example(case="c")])
     with pytest.raises(ResultsError, match="routing 1 in one file, 2 in the other; use the same --seed"):
         compare([example(routing_hash="1")], [example(routing_hash="2")])
+    with pytest.raises(ResultsError, match="one file was measured with --steady on, the other with off; use the same"):
+        compare([example()], [example(steady=True)])
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

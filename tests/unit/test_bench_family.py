@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from bench import bench_check, bench_decode, bench_deep_ep, bench_kernels, bench
 from bench.bench_dispatch_combine import BENCHMARK, needed_bytes, parser, run_case
 from bench.harness import main
 from bench.options import Setting, make_parser, settings
-from bench.ranks import Ranks
-from bench.record import Measurement, ResultsError, read
+from bench.ranks import Ranks, bind_to_cores
+from bench.record import Measurement, ResultsError, example, read
 from bench.routing import Skew, make_routing, max_over_mean, routing_hash
 from moecomm.presets import PRESETS
 from moecomm.quant import QuantSpec
@@ -205,6 +206,40 @@ def test_the_rows_of_finished_cases_are_kept(tmp_path: Path, run_here: RunHere) 
     assert code == 1
     assert "rank 0: AssertionError: a wrong row. The rows of 1 finished case are in" in err
     assert {row["tokens"] for row in json.loads(out.with_suffix(".json").read_text())["rows"]} == {4}
+
+
+def test_sittings_take_turns_and_become_one_row(tmp_path: Path, run_here: RunHere) -> None:
+    out, came = tmp_path / "rows", []
+
+    def counted(setting: Setting, ranks: Ranks) -> list[Measurement]:
+        came.append((setting.tokens, setting.repeats))
+        return [example(case=str(setting.tokens), p50_us=90.0 + 10 * len(came), iterations=setting.repeats)]
+
+    options = ["--tokens", "4,8", "--repeats", "5", "--sittings", "3", "--out", str(out)]
+    code, _, err = run_here(counted, options)
+    assert code == 0 and "[2/2] dispatch_combine: W=1 T=8" in err and "(sitting 3 of 3)" in err
+    assert came == [(4, 2), (8, 2), (4, 2), (8, 2), (4, 1), (8, 1)]
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [(row["p50_us"], row["iterations"], row["sittings"]) for row in rows] == [(120.0, 5, 3), (130.0, 5, 3)]
+    assert rows[0]["p50_noise"] > 0 and rows[0]["ratio_noise"] is None
+    code, _, err = run_here(counted, ["--repeats", "2", "--sittings", "3"])
+    assert code == 1 and "--sittings 3 of 2 rounds: give as many --repeats at least" in err
+
+
+def test_a_rank_is_bound_to_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[list[int]] = []
+    cores_of = {0: {0, 1, 2, 3}, os.getppid(): {0, 1, 2, 3}}
+    monkeypatch.setattr("bench.ranks.os.sched_getaffinity", cores_of.__getitem__)
+    monkeypatch.setattr("bench.ranks.os.sched_setaffinity", lambda pid, cores: bound.append(list(cores)))
+    for local_rank, local_world in ((0, 2), (1, 2), (2, 3), (0, 1)):
+        bind_to_cores(local_rank, local_world)
+    assert bound == [[0, 1], [2, 3], [2, 3]]
+    cores_of[0] = {2}  # the launcher has bound it
+    bind_to_cores(1, 2)
+    assert len(bound) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    with pytest.raises(ValueError, match="--steady on: 5 ranks need a core each, and --device cpu; give --steady off"):
+        Ranks("cpu", steady="on")
 
 
 @pytest.mark.parametrize("quant", ["fp8", "int8", "logfmt10"])
