@@ -63,6 +63,8 @@ WRONG_BUFFERS = [
     WrongBuffer({"transport": ["local"]}, "transport is no name", ".*", ".*auto.*"),
     WrongBuffer({"device": "abacus"}, "device is unknown", "'abacus'", ".*cpu.*"),
     WrongBuffer({"device": 1.5}, "device is unknown", "1.5", ".*cpu.*"),
+    WrongBuffer({"device": "meta"}, "device is unknown", "'meta'", ".*cpu.*"),
+    WrongBuffer({"device": "xpu:7"}, "device is unknown", "'xpu:7'", ".*cpu.*"),
     WrongBuffer({"placement": [[0, 1, 2]]}, "placement holds another number of experts", "3", "num_experts=4"),
     WrongBuffer({"placement": [[0, 1], [2, 3]]}, "placement is for another number of ranks", "2", "1"),
     WrongBuffer({"placement": [[0, 1, 1, 3]]}, "placement does not hold .*", ".*", "each id from 0 to 3 once"),
