@@ -132,7 +132,8 @@ def main(benchmark: Benchmark, parser: argparse.ArgumentParser, argv: Sequence[s
     args = _parse(parser, argv)
     kept: list[Measurement] = []
     rank = 0
-    signal.signal(signal.SIGTERM, _terminated)  # torchrun sends it to the others when a rank has died
+    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends one when a rank has died, Ctrl-C is the other
+        signal.signal(number, _terminated)
     try:
         shapes = {setting.preset for setting in settings(args)}
         ranks = Ranks(args.device, steady="off" if args.steady == "auto" and shapes != {"tiny"} else args.steady)
@@ -142,7 +143,7 @@ def main(benchmark: Benchmark, parser: argparse.ArgumentParser, argv: Sequence[s
         ranks.leave()
     except _COMMON_ERRORS as error:
         _give_up(parser.prog, args, rank, kept, "" if rank else str(error))
-    except (moecomm.MoECommError, AssertionError, _Terminated) as error:
+    except (moecomm.MoECommError, AssertionError, Stopped) as error:
         _give_up(parser.prog, args, rank, kept, f"rank {rank}: {type(error).__name__}: {error}")
     except Exception as error:  # anything may come out of a collective whose peer has died
         if isinstance(error, RuntimeError) and re.search(r"[Cc]onnection (reset|closed|refused)", str(error)):
@@ -228,17 +229,18 @@ def _without_out(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-class _Terminated(BaseException):
+class Stopped(BaseException):
     pass
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated("told to end, because another rank has failed or somebody stopped the run")
+    raise Stopped("told to end, because another rank has failed or somebody stopped the run")
 
 
 def _give_up(name: str, args: argparse.Namespace, rank: int, kept: list[Measurement], text: str) -> NoReturn:
     """Say what happened and end at once: a peer may be gone, so no clean-up must wait for one."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who is told to end now is ending, and says why
+    for number in (signal.SIGTERM, signal.SIGINT):  # who is told to end now is ending, and says why
+        signal.signal(number, signal.SIG_IGN)
     if text:
         partial = ""
         if rank == 0 and kept:

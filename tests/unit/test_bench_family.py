@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -206,6 +207,26 @@ def test_the_rows_of_finished_cases_are_kept(tmp_path: Path, run_here: RunHere) 
     assert code == 1
     assert "rank 0: AssertionError: a wrong row. The rows of 1 finished case are in" in err
     assert {row["tokens"] for row in json.loads(out.with_suffix(".json").read_text())["rows"]} == {4}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_a_run_reads_a_sentence_and_keeps_rows(
+    number: int, tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr("bench.harness.signal.signal", handlers.__setitem__)
+
+    def stopped_later(setting: Setting, ranks: Ranks) -> list[Measurement]:
+        if setting.tokens == 8:
+            handlers[number](number, None)
+        return [example()]
+
+    code, _, err = run_here(stopped_later, ["--tokens", "4,8", "--repeats", "1", "--out", str(tmp_path / "kept")])
+    assert code == 1 and "Traceback" not in err
+    assert (
+        "told to end, because another rank has failed or somebody stopped the run. The rows of 1 finished case" in err
+    )
+    assert handlers[number] is signal.SIG_IGN
 
 
 def test_sittings_take_turns_and_become_one_row(tmp_path: Path, run_here: RunHere) -> None:
