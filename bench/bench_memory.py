@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import moecomm
 from bench.case import Case, make_case
-from bench.options import Setting, make_parser, settings
+from bench.options import Setting, make_parser, positive, settings
 from bench.paths import make_buffer
 from bench.ranks import Ranks
 from bench.record import environment
@@ -74,7 +74,7 @@ def resident_bytes() -> int:
 def main() -> None:
     """Run the cases one after the other."""
     parser = make_parser(__doc__, tokens=[256])
-    parser.add_argument("--iterations", type=int, default=1000)
+    parser.add_argument("--iterations", type=positive, default=1000)
     args = parser.parse_args()
     ranks = Ranks(args.device)
     lines = [line for setting in settings(args) for line in check_memory(setting, ranks, args.iterations)]

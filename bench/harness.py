@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -160,6 +161,8 @@ def _run(benchmark: Benchmark, args: argparse.Namespace, ranks: Ranks, kept: lis
         if reason := refusal(setting, benchmark.takes):
             raise ValueError(reason)
         check_memory(benchmark, setting, ranks)
+    if args.out:
+        _make_folder(args.out.parent)
     done: dict[tuple[str, ...], list[Measurement]] = {}
     rounds = [split(setting.repeats, args.sittings) for setting in every]
     for sitting in range(max(map(len, rounds))):
@@ -178,6 +181,13 @@ def _run(benchmark: Benchmark, args: argparse.Namespace, ranks: Ranks, kept: lis
         (print_json if args.json else print_rows)(kept)
         if args.out and kept:
             note(0, f"wrote {args.out.with_suffix('.csv')} and {args.out.with_suffix('.json')}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: rows cannot be written there ({error}); nothing was measured") from None
 
 
 def check_memory(benchmark: Benchmark, setting: Setting, ranks: Ranks) -> None:

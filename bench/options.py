@@ -109,8 +109,8 @@ def make_parser(
     how.add_argument("--steady", choices=("auto", "on", "off"), default="auto", help=steady)
     run = parser.add_argument_group("run")
     tiny = f", of tiny {repeats_of_tiny}" if repeats_of_tiny else ""
-    run.add_argument("--repeats", type=_positive, help=f"timed rounds (default: {repeats}{tiny})")
-    run.add_argument("--sittings", type=_positive, default=0, help="with buffers of their own (default: repeats / 8)")
+    run.add_argument("--repeats", type=positive, help=f"timed rounds (default: {repeats}{tiny})")
+    run.add_argument("--sittings", type=positive, default=0, help="with buffers of their own (default: repeats / 8)")
     run.add_argument("--warmup", type=_count, default=3, help="rounds before each sitting (default: %(default)s)")
     run.add_argument("--seed", type=_count, default=0, help="of routing and rows (default: %(default)s)")
     run.add_argument("--out", type=Path, help="write OUT.csv and OUT.json (cases that are there are replaced)")
@@ -191,10 +191,11 @@ def _count(text: str) -> int:
 
 
 def _sizes(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    return [positive(part) for part in text.split(",")]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1; argparse shows the message if it is none."""
     if (number := _count(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not at least 1")
     return number

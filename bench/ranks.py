@@ -31,7 +31,7 @@ class Ranks:
             this machine can have a core. "off": as the launcher starts them.
 
     Raises:
-        ValueError: steady is "on", and there are fewer cores than ranks, or it is a GPU that is measured.
+        ValueError: there is no GPU; or steady is "on" and there are fewer cores than ranks, or a GPU is measured.
     """
 
     def __init__(self, device: str = "auto", *, steady: str = "off") -> None:
@@ -46,6 +46,8 @@ class Ranks:
             torch.set_num_threads(1)  # as under torchrun, so that all launchers measure the same
         self.device = torch.device("cpu")
         self.shares_device = False
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no GPU here; give --device cpu")
         if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
             self.shares_device = self.local_world > torch.cuda.device_count()
             self.device = torch.device("cuda", self.local_rank % torch.cuda.device_count())

@@ -126,11 +126,19 @@ def test_a_shape_of_its_own_gives_way_to_a_preset() -> None:
         (bench_kernels, ["--transport", "collective"], "--transport collective means nothing here; give auto or symm"),
         (bench_kernels, ["--experts", "9"], "--experts 9 cannot be spread evenly over --world 8"),
         (bench_kernels, ["--tokens", "0"], "--tokens 0: a kernel needs rows"),
+        (bench_decode, ["--out", "/proc/no/rows"], "--out: rows cannot be written there"),
+        (bench_decode, ["--device", "cuda"], "--device cuda: torch finds no GPU here; give --device cpu"),
     ],
 )
 def test_what_a_benchmark_cannot_measure_is_refused(
-    module: Any, options: list[str], says: str, run_here: RunHere, capsys: pytest.CaptureFixture[str]
+    module: Any,
+    options: list[str],
+    says: str,
+    run_here: RunHere,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("bench.ranks.torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
         main(module.BENCHMARK, module.parser(), ["--hidden", "16", "--top-k", "2", "--experts", "8", *options])
     err = capsys.readouterr().err
