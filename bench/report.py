@@ -174,12 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stale:" if stale else "up to date", *stale)
         return int(bool(stale))
     written = list(args.into)
-    if args.html:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(page(rows), encoding="utf-8")
-        written.append(args.html)
-    if args.plots:
-        written += draw(rows, args.plots, args.formats.split(","), views)
+    try:
+        if args.html:
+            args.html.parent.mkdir(parents=True, exist_ok=True)
+            args.html.write_text(page(rows), encoding="utf-8")
+            written.append(args.html)
+        if args.plots:
+            written += draw(rows, args.plots, args.formats.split(","), views)
+    except OSError as error:
+        print(f"report.py: error: nothing can be written there ({error}); give another place", file=sys.stderr)
+        return 2
     print("wrote", *written)
     return 0
 

@@ -66,6 +66,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     results = write(some_rows(), tmp_path / "run")[0]
     assert main([str(results), "--html", str(tmp_path / "x/page.html")]) == 0
     assert (tmp_path / "x/page.html").exists()
+    assert main([str(results), "--html", "/proc/no/page.html"]) == 2
+    assert "nothing can be written there" in capsys.readouterr().err
     assert main([str(tmp_path / "run.csv")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     write([], tmp_path / "empty")
