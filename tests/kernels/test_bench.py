@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--tokens", "3", "--hidden", "32", "--top-k", "2", "--world", "2", "--experts", "4", "--repeats", "1"]
 KERNELS = {"layout", "receive", "permute", "unpermute", "quantize", "reduce", "push_reduced", "push", "push_quantized"}
+PADDED = {f"padded_{name}" for name in ("send", "send_fp8", "receive", "return", "sum")}
 
 
 def bench(interpret: str, *options: str) -> str:
@@ -31,11 +32,14 @@ def bench(interpret: str, *options: str) -> str:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu-check runs it there")
 def test_every_kernel_is_timed_against_a_copy(tmp_path: Path) -> None:
     printed = bench("1", *TINY, "--out", str(tmp_path / "kernels"))
-    for operation, count in (("dispatch", 3), ("replay", 2), ("combine", 2)):
+    for operation, count in (
+        *(("dispatch", 3), ("replay", 2), ("combine", 2)),
+        *(("dispatch, padded", 2), ("combine, padded", 2)),
+    ):
         assert f"{operation}: {count} launches" in printed
     rows = read([tmp_path / "kernels.json"])
     for path in ("moecomm", "memcpy"):
-        assert {row.operation for row in rows if row.path == path} == KERNELS
+        assert {row.operation for row in rows if row.path == path} == KERNELS | PADDED
     for row in rows:
         assert row.p50_us > 0 and row.bytes_moved > 0 and row.percent_of_roof is not None
         assert row.percent_of_roof == 100.0 or row.path == "moecomm"
