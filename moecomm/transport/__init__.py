@@ -52,6 +52,15 @@ def _known(names: Sequence[str] = TRANSPORTS) -> dict[str, type[Transport]]:
     return {name: getattr(import_module(f"{__name__}.{name}"), f"{name.title()}Transport") for name in names}
 
 
+def _missing(device: torch.device) -> str:
+    """Why tensors cannot be on a device here, in the words of torch; nothing if they can."""
+    try:
+        torch.empty(1, device=device).cpu()  # memory of "meta" holds nothing
+    except (AssertionError, ImportError, RuntimeError) as error:
+        return f"no tensor can be on {device} here: {str(error).splitlines()[0]}"
+    return ""
+
+
 def build(cls: type[Transport], group: Group, topology: Topology, options: TransportOptions) -> Transport:
     """Make a transport that was selected; collective."""
     if cls.name == "symmetric" and moves_by_kernels(options.device):
@@ -84,6 +93,8 @@ def build(cls: type[Transport], group: Group, topology: Topology, options: Trans
 def _answer(cls: type[Transport], group: Group, topology: Topology, device: torch.device) -> Support:
     """What a transport says; the hierarchical one works if both transports that it is made of do."""
     own = cls.supports(group, topology, device)
+    if own.ok and (missing := _missing(device)):
+        return Support(False, missing)
     if cls.name != "hierarchical" or not own.ok:
         return own
     inside, *between = _known(("symmetric", *_FLAT)).values()

@@ -63,8 +63,6 @@ WRONG_BUFFERS = [
     WrongBuffer({"transport": ["local"]}, "transport is no name", ".*", ".*auto.*"),
     WrongBuffer({"device": "abacus"}, "device is unknown", "'abacus'", ".*cpu.*"),
     WrongBuffer({"device": 1.5}, "device is unknown", "1.5", ".*cpu.*"),
-    WrongBuffer({"device": "meta"}, "device is unknown", "'meta'", ".*cpu.*"),
-    WrongBuffer({"device": "xpu:7"}, "device is unknown", "'xpu:7'", ".*cpu.*"),
     WrongBuffer({"placement": [[0, 1, 2]]}, "placement holds another number of experts", "3", "num_experts=4"),
     WrongBuffer({"placement": [[0, 1], [2, 3]]}, "placement is for another number of ranks", "2", "1"),
     WrongBuffer({"placement": [[0, 1, 1, 3]]}, "placement does not hold .*", ".*", "each id from 0 to 3 once"),
@@ -147,3 +145,9 @@ def test_backward_after_the_buffer_is_gone_says_so() -> None:
     del buffer
     with pytest.raises(moecomm.StaleHandleError, match="buffer"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu:7"])
+def test_a_device_on_which_no_tensor_can_be_is_refused_by_every_transport(device: str) -> None:
+    with pytest.raises(errors.UnsupportedError, match=f"local: no tensor can be on {device} here: .+; mpi: "):
+        moecomm.Buffer(num_experts=1, hidden=1, top_k=1, max_tokens_per_rank=1, device=device)
