@@ -413,12 +413,15 @@ def finish_home(
     """Wait for a combine; sum what came home of every token in a fixed order."""
     with core.phase("arrange"):
         by_entry = handle.layout == "expert" and core.reduce == "source"
-        table = handle.send_pos if by_entry else home_table(core, handle)
+        table = None
+        if home.rows is not None:
+            table = handle.send_pos if by_entry else home_table(core, handle)
     with core.phase("wait"):
         arrived = exchange.wait()
     with core.phase("arrange"):
         summed = carried = None
         if home.rows is not None:
+            assert table is not None
             summed = empty_rows(handle.num_tokens, home.rows.shape[1], home.rows.dtype, home.rows.device)
             weights = handle.topk_weights if by_entry and home.weighted else None
             reduce_rows(summed, _came_home(arrived, home, summed.shape[1]), table, weights, home.bias)

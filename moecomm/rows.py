@@ -68,6 +68,15 @@ def empty_rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.devi
     return torch.from_numpy(part).view(dtype).view(num_rows, width)
 
 
+def byte_rows(num_rows: int, row_bytes: int) -> Tensor:
+    """Allocate (num_rows, row_bytes) uint8 rows on the CPU.
+
+    >>> byte_rows(2, 3).shape
+    torch.Size([2, 3])
+    """
+    return empty_rows(num_rows, row_bytes, torch.uint8, torch.device("cpu"))
+
+
 _free_blocks: deque[np.ndarray] = deque(maxlen=2)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 
@@ -30,7 +30,7 @@ def select(
         expected = f"auto or one of {tuple(known)}"
         remedy = "correct this argument, or MOECOMM_TRANSPORT"
         raise ConfigError("transport is unknown", got=repr(name), expected=expected, remedy=remedy, rank=group.rank)
-    answers = {key: _answer(cls, group, topology, device) for key, cls in known.items()}
+    answers = _ask(known, group, topology, device)
     chosen = next((key for key, answer in answers.items() if answer.ok), None) if name == "auto" else name
     if chosen is None or not answers[chosen].ok:
         wanted = "no transport works here" if chosen is None else f"transport {chosen!r} does not work here"
@@ -44,7 +44,15 @@ def select(
 
 def ask(group: Group, topology: Topology, device: torch.device) -> dict[str, Support]:
     """What each transport answers, in the order of "auto"."""
-    return {key: _answer(cls, group, topology, device) for key, cls in _known().items()}
+    return _ask(_known(), group, topology, device)
+
+
+def _ask(
+    known: Mapping[str, type[Transport]], group: Group, topology: Topology, device: torch.device
+) -> dict[str, Support]:
+    answers = {key: _answer(cls, group, topology, device) for key, cls in known.items()}
+    missing = _missing(device)
+    return {key: Support(False, missing) if answer.ok and missing else answer for key, answer in answers.items()}
 
 
 def _known(names: Sequence[str] = TRANSPORTS) -> dict[str, type[Transport]]:
@@ -93,8 +101,6 @@ def build(cls: type[Transport], group: Group, topology: Topology, options: Trans
 def _answer(cls: type[Transport], group: Group, topology: Topology, device: torch.device) -> Support:
     """What a transport says; the hierarchical one works if both transports that it is made of do."""
     own = cls.supports(group, topology, device)
-    if own.ok and (missing := _missing(device)):
-        return Support(False, missing)
     if cls.name != "hierarchical" or not own.ok:
         return own
     inside, *between = _known(("symmetric", *_FLAT)).values()

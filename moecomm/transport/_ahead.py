@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moecomm.rows import copy_rows, empty_rows
-from moecomm.transport._nodes import BLOCK_BYTES, NodeMap
+from moecomm.rows import byte_rows, copy_rows
+from moecomm.transport._nodes import NodeMap, first_block_rows
 from moecomm.transport._spread import packed_lane
 from moecomm.transport.base import Exchange, Transport, as_bytes
 
@@ -30,7 +30,7 @@ class Ahead:
         self.tag, self._nodes = tag, nodes
         self._rows = [as_bytes(payload) for payload in payloads]
         self._row_bytes = [of_lane.shape[1] for of_lane in self._rows]
-        self.most_rows = max(1, BLOCK_BYTES // max(1, sum(self._row_bytes)))
+        self.most_rows = first_block_rows(sum(self._row_bytes))
         self._index_V = [torch.nonzero(places_T >= 0).view(-1) for places_T in places_TV.unbind(1)]
         self.packed = [[_room(len(index), row_bytes) for index in self._index_V] for row_bytes in self._row_bytes]
         self._flight: Exchange | None = None
@@ -81,5 +81,5 @@ class Ahead:
 
 
 def _room(num_rows: int, row_bytes: int) -> Tensor:
-    rows = empty_rows(max(1, num_rows), row_bytes, torch.uint8, torch.device("cpu"))
+    rows = byte_rows(max(1, num_rows), row_bytes)
     return rows if num_rows else rows.zero_()

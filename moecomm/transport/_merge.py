@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moecomm.rows import empty_rows, reduce_rows
 from moecomm.transport._fill import EVERYTHING
-from moecomm.transport._nodes import BLOCK_BYTES, NodeMap, block_starts, rows_in_block
+from moecomm.transport._nodes import NodeMap, block_starts, first_block_rows, rows_in_block
 from moecomm.transport._spread import packed_lane
 from moecomm.transport.base import Exchange, Lane, Merge, Transport
 
@@ -29,7 +29,7 @@ def sections(nodes: NodeMap, lane: Lane, filled: Callable[[int], None]) -> Itera
     """
     assert lane.merge is not None
     starts = np.cumsum(lane.send_counts) - lane.send_counts
-    step = max(1, BLOCK_BYTES // lane.row_bytes)
+    step = first_block_rows(lane.row_bytes)
     away = [int(rank) for node in nodes.away for rank in nodes.ranks_of_node[node]]
     keys = {dst: keys_for(lane, dst) for dst in away}
     for begin in range(0, max([int(of_dst[-1]) + 1 for of_dst in keys.values() if len(of_dst)], default=0), step):

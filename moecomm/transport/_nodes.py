@@ -98,13 +98,22 @@ class NodeMap:
         return np.flatnonzero((self.forwarder_WV[:, self.node] == mate) & (self.node_of_rank != self.node))
 
 
+def first_block_rows(row_bytes: int) -> int:
+    """How many rows the first block has, if there are so many.
+
+    >>> first_block_rows(BLOCK_BYTES // 4), first_block_rows(2 * BLOCK_BYTES)
+    (4, 1)
+    """
+    return max(1, BLOCK_BYTES // max(1, row_bytes))
+
+
 def block_starts(row_bytes: int, most_rows: int) -> np.ndarray:
     """(B + 1,) the first row of every block, then `most_rows`. Blocks grow twofold until they are large, or few enough.
 
     >>> block_starts(row_bytes=BLOCK_BYTES // 4, most_rows=50).tolist()
     [0, 4, 12, 20, 28, 36, 44, 50]
     """
-    size = max(1, BLOCK_BYTES // max(1, row_bytes))
+    size = first_block_rows(row_bytes)
     largest = max(size * LATER_BLOCKS, -(-most_rows // MAX_BLOCKS))
     starts = [0]
     while starts[-1] < most_rows:

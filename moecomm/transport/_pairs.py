@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moecomm.rows import copy_rows, empty_rows
+from moecomm.rows import byte_rows, copy_rows
 from moecomm.transport.base import Exchange, Lane
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class PairExchange(Exchange):
         assert len(lanes) <= _LANES and all(lane.recv_slots is None for lane in lanes), "lanes between nodes"
         self._transport, self._waiter, self._tag, self._seq, self._lanes = transport, waiter, tag, seq, lanes
         self._rows: list[dict[int, Tensor]] = [{} for _ in lanes]
-        self._received = [_empty(int(lane.recv_counts.sum()), lane.row_bytes) for lane in lanes]
+        self._received = [byte_rows(int(lane.recv_counts.sum()), lane.row_bytes) for lane in lanes]
         self._sends: list[Message] = []
         self._departure: Arrival | None = None  # of all sends
         self._broken: Arrival | None = None
@@ -199,7 +199,7 @@ class PairExchange(Exchange):
 
     def target(self, lane: int, dst: int) -> Tensor:
         if dst not in self._rows[lane]:
-            self._rows[lane][dst] = _empty(int(self._lanes[lane].send_counts[dst]), self._lanes[lane].row_bytes)
+            self._rows[lane][dst] = byte_rows(int(self._lanes[lane].send_counts[dst]), self._lanes[lane].row_bytes)
         return self._rows[lane][dst]
 
     def lend(self, lane: int, dst: int, rows: Tensor) -> None:
@@ -229,7 +229,3 @@ class PairExchange(Exchange):
         if self._sends:
             self._transport.finish(self._departure or self._waiter.watch(self._sends), self._tag, self._seq)
             self._sends, self._rows = [], []
-
-
-def _empty(num_rows: int, row_bytes: int) -> Tensor:
-    return empty_rows(num_rows, row_bytes, torch.uint8, torch.device("cpu"))

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from moecomm.errors import MoECommError, PeerLostError, StallError
 from moecomm.group import Group
-from moecomm.rows import copy_rows, empty_rows
+from moecomm.rows import byte_rows, copy_rows
 from moecomm.topology import Topology
 from moecomm.transport._ahead import Ahead
 from moecomm.transport._fill import EVERYTHING, Fill
 from moecomm.transport._merge import Merger, sections
-from moecomm.transport._nodes import BLOCK_BYTES, NodeMap, Shipment
+from moecomm.transport._nodes import NodeMap, Shipment, first_block_rows
 from moecomm.transport._spread import Bundle, Spreader, slots_of
 from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
 
@@ -245,11 +245,11 @@ class HierarchicalExchange(Exchange):
             self._bundle = Bundle(shipments, ahead.packed)
             return
         lanes = [self._lanes[number] for number in self._wanted]
-        packed = [[_empty(len(shipment.rows), lane.row_bytes) for shipment in shipments] for lane in lanes]
+        packed = [[byte_rows(len(shipment.rows), lane.row_bytes) for shipment in shipments] for lane in lanes]
         self._bundle = Bundle(shipments, packed)
         self._told = self._told or self._transport.ask(self._tag, self._bundle.header())
         self._fill.reach(0)
-        step = max(1, BLOCK_BYTES // sum(lane.row_bytes for lane in lanes))
+        step = first_block_rows(sum(lane.row_bytes for lane in lanes))
         for begin in range(0, max((len(shipments[node].rows) for node in nodes.away), default=0), step):
             for node in nodes.away:
                 self._pack_rows(packed, int(node), slice(begin, begin + step))
@@ -307,8 +307,4 @@ def keep(exchange: Exchange, outputs: list[Tensor]) -> list[Tensor]:
 
 
 def _staging(lane: Lane) -> Tensor:
-    return _empty(int(lane.send_counts.sum()), lane.row_bytes)
-
-
-def _empty(num_rows: int, row_bytes: int) -> Tensor:
-    return empty_rows(num_rows, row_bytes, torch.uint8, torch.device("cpu"))
+    return byte_rows(int(lane.send_counts.sum()), lane.row_bytes)
