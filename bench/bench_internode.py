@@ -182,7 +182,13 @@ BENCHMARK = Benchmark(
     name="internode",
     run_case=run_case,
     needed_bytes=needed_bytes,
-    takes={"transport": TRANSPORTS, "layout": ("expert",), "reduce": ("rank",), "quant": ("none",)},
+    takes={  # its ranks are processes of their own, which nobody binds
+        "transport": TRANSPORTS,
+        "layout": ("expert",),
+        "reduce": ("rank",),
+        "quant": ("none",),
+        "steady": ("auto", "off"),
+    },
 )
 
 

@@ -39,6 +39,7 @@ from bench.traffic import Traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"hidden": [2048, 4096, 7168], "experts": [64], "top_k": [1, 2, 4, 8]}
+LAUNCHING = ("layout", "push", "receive", "combine", "reduce", "permute", "sync", "padded", "padded_home")
 # What others publish: the options of bench_dispatch_combine.py for it, ranks, and their words.
 PUBLISHED = (
     (("--preset", "deepseek-v3", "--tokens", "4096"), 8, "DeepSeek-V3 shape, EP8"),
@@ -132,11 +133,7 @@ def counted() -> Iterator[list[str]]:
     import importlib
 
     names: list[str] = []
-    modules = [importlib.import_module(f"moecomm.kernels.{name}") for name in ("layout", "push", "receive", "combine")]
-    modules += [
-        importlib.import_module(f"moecomm.kernels.{name}")
-        for name in ("reduce", "permute", "sync", "padded", "padded_home")
-    ]
+    modules = [importlib.import_module(f"moecomm.kernels.{name}") for name in LAUNCHING]
     plain = {module: vars(module)["launch"] for module in modules}
 
     def counting(kernel: Any, *args: Any, **options: Any) -> None:

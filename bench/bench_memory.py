@@ -76,6 +76,11 @@ def main() -> None:
     parser = make_parser(__doc__, tokens=[256])
     parser.add_argument("--iterations", type=positive, default=1000)
     args = parser.parse_args()
+    for name in ("quant", "steady", "repeats", "sittings", "warmup", "json"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} means nothing here")
+    if len(args.transport) > 1:
+        parser.error(f"--transport {','.join(args.transport)}: give one")
     ranks = Ranks(args.device)
     lines = [line for setting in settings(args) for line in check_memory(setting, ranks, args.iterations)]
     if ranks.rank == 0:

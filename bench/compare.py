@@ -119,6 +119,7 @@ def compare(
         ]
         freedom = old.sittings + new.sittings - 2 or inf
         spread = noise * (1 + (noise**2 + 1) / (4 * freedom)) * sqrt(sum(error**2 for error in errors))  # Student's t
+        bound = hypot(floor, spread)
         changes.append(
             Change(
                 case=old.case,
@@ -128,8 +129,8 @@ def compare(
                 before=values[0],
                 after=values[1],
                 change=round(change, 4),
-                bound=round(hypot(floor, spread), 4),
-                verdict=_verdict(change, hypot(floor, spread), spread > widest),
+                bound=round(bound, 4),
+                verdict=_verdict(change, bound, spread > widest),
             )
         )
     return changes

@@ -136,8 +136,8 @@ def main(benchmark: Benchmark, parser: argparse.ArgumentParser, argv: Sequence[s
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends one when a rank has died, Ctrl-C is the other
         signal.signal(number, _terminated)
     try:
-        shapes = {setting.preset for setting in settings(args)}
-        ranks = Ranks(args.device, steady="off" if args.steady == "auto" and shapes != {"tiny"} else args.steady)
+        by_itself = "on" in benchmark.takes.get("steady", ["on"]) and {s.preset for s in settings(args)} == {"tiny"}
+        ranks = Ranks(args.device, steady="off" if args.steady == "auto" and not by_itself else args.steady)
         rank = ranks.rank
         args.command = f"{ranks.launch} bench/{parser.prog} {shlex.join(_without_out(argv))}".strip()
         _run(benchmark, args, ranks, kept)

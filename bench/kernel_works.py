@@ -189,5 +189,5 @@ class Bench:
 
 def same(got: Tensor, expected: Tensor, name: str) -> None:
     """Raise AssertionError unless both are of the same bytes."""
-    same = torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
-    assert same, f"{name}: not what the reference gives"
+    is_same = torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    assert is_same, f"{name}: not what the reference gives"

@@ -148,7 +148,8 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
 def refusal(setting: Setting, takes: Mapping[str, Sequence[str]]) -> str:
     """Say which option has a value that a benchmark cannot measure, or nothing.
 
-    takes: by option (layout, reduce, transport, quant, dtype, skew) the values that it can; all where it is not named.
+    takes: by option (layout, reduce, transport, quant, dtype, skew, steady) the values that it can; all where it is not
+        named.
 
     >>> (setting,) = settings(make_parser("").parse_args(["--tokens", "4", "--layout", "rank"]))
     >>> refusal(setting, {"layout": ["expert"]})
@@ -161,6 +162,7 @@ def refusal(setting: Setting, takes: Mapping[str, Sequence[str]]) -> str:
         "quant": [setting.quant or "none"],
         "dtype": [setting.dtype_name],
         "skew": [setting.skew.kind],
+        "steady": [setting.options.steady],
     }
     for name, values in takes.items():
         for value in given[name]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class PaddedBench:
 
         self.x, self.world = case.x, world
         device, top_k = case.x.device, case.topk_idx.shape[1]
-        self.ids, self.weights = case.topk_idx.to(device), case.topk_weights_TK.to(device)
+        self.ids, self.weights = case.topk_idx, case.topk_weights_TK
         self.row_bytes = case.x.shape[1] * case.x.element_size()
         self.wire = Wire.of(world, top_k, experts // world, self.row_bytes + 64)
         area = padded_area_bytes(len(case.x), experts, self.row_bytes)
@@ -75,11 +76,11 @@ class PaddedBench:
         assert not me.out.status.any() and not me.notes.any(), "a kernel gave up, or sent nothing"
 
     @staticmethod
-    def _free(slots: object) -> None:
+    def _free(slots: Any) -> None:
         """Say that the last dispatch is done with, as the sum of its rows would, so that the next may send."""
         from moecomm.kernels.slots import DONE
 
-        slots.book[int(DONE)].copy_(slots.out.state[0])  # type: ignore[attr-defined]
+        slots.book[int(DONE)].copy_(slots.out.state[0])
 
     def _came(self) -> tuple[Tensor, Tensor, Tensor]:
         """Token, rank and place of every entry that was sent."""

@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bench_check, bench_decode, bench_deep_ep, bench_kernels, bench_moe_layer
+from bench import (
+    bench_check,
+    bench_decode,
+    bench_deep_ep,
+    bench_internode,
+    bench_kernels,
+    bench_memory,
+    bench_moe_layer,
+)
 from bench.bench_dispatch_combine import BENCHMARK, needed_bytes, parser, run_case
 from bench.harness import main
 from bench.options import Setting, make_parser, settings
@@ -126,6 +134,7 @@ def test_a_shape_of_its_own_gives_way_to_a_preset() -> None:
         (bench_kernels, ["--transport", "collective"], "--transport collective means nothing here; give auto or symm"),
         (bench_kernels, ["--experts", "9"], "--experts 9 cannot be spread evenly over --world 8"),
         (bench_kernels, ["--tokens", "0"], "--tokens 0: a kernel needs rows"),
+        (bench_internode, ["--steady", "on"], "--steady on means nothing here; give auto or off"),
         (bench_decode, ["--out", "/proc/no/rows"], "--out: rows cannot be written there"),
         (bench_decode, ["--device", "cuda"], "--device cuda: torch finds no GPU here; give --device cpu"),
     ],
@@ -215,6 +224,16 @@ def test_the_rows_of_finished_cases_are_kept(tmp_path: Path, run_here: RunHere) 
     assert code == 1
     assert "rank 0: AssertionError: a wrong row. The rows of 1 finished case are in" in err
     assert {row["tokens"] for row in json.loads(out.with_suffix(".json").read_text())["rows"]} == {4}
+
+
+@pytest.mark.parametrize("option", ["--repeats 3", "--sittings 2", "--steady on", "--quant fp8", "--json"])
+def test_what_bench_memory_has_no_use_for_is_refused(
+    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_memory.py", *option.split()])
+    with pytest.raises(SystemExit):
+        bench_memory.main()
+    assert f"{option.split()[0]} means nothing here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
