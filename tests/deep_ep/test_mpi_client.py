@@ -1,11 +1,7 @@
-"""How TensorRT-LLM calls the first API: over an MPI communicator, without torch.distributed.
-
-This file is also the program that the ranks run.
-"""
+"""How TensorRT-LLM calls the first API: over an MPI communicator, without torch.distributed."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -13,9 +9,10 @@ import torch
 
 from moecomm import deep_ep
 from moecomm.testing import assert_bitwise
-from moecomm.testing.mpi import mpi_missing, run_mpi
+from moecomm.testing.mpi import mpi_missing
 from tests.deep_ep._world import rows, world
 from tests.deep_ep.test_serving import mixed, weighted
+from tests.under_mpi import run_under_mpi
 
 MAX, E, H = 12, 10, 128
 
@@ -23,8 +20,7 @@ MAX, E, H = 12, 10, 128
 @pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
 @pytest.mark.timeout(180)
 def test_tensorrt_llm_over_mpi() -> None:
-    printed = run_mpi(["-m", "mpi4py", "-m", "tests.deep_ep.test_mpi_client"], 4, timeout_s=170).stdout
-    assert printed.count("served") == 4, printed
+    assert run_under_mpi(serve, 4, timeout_s=170) == ["served"] * 4
 
 
 def prefill(comm: object, rank: int) -> None:
@@ -64,15 +60,9 @@ def decode(comm: object, rank: int) -> None:
     assert_bitwise(out, weighted(given, rank), "sums")
 
 
-def main() -> None:
-    from mpi4py import MPI
-
-    world_comm = MPI.COMM_WORLD
-    prefill(world_comm, world_comm.rank)
-    decode(world_comm, world_comm.rank)
+def serve(comm: Any) -> str:
+    """What each rank does, and says when it was right."""
+    prefill(comm, comm.rank)
+    decode(comm, comm.rank)
     assert not torch.distributed.is_initialized()
-    sys.stdout.write("served\n")
-
-
-if __name__ == "__main__":
-    main()
+    return "served"

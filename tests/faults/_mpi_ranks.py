@@ -1,8 +1,8 @@
-"""What every rank of the MPI fault tests runs: `python -m tests.faults._mpi_ranks SCENARIO,... FOLDER`.
+"""What every rank of the MPI fault tests runs.
 
-Scenarios after which all ranks live follow each other in one job, as it takes long to start. Each rank forks before MPI
-starts, and the child, in a session of its own, plays the rank: the launcher ends the processes it knows of as soon as
-one dies, and what the survivors do is to be seen here. What came of a rank is a file in FOLDER.
+Scenarios after which all ranks live follow each other in one job. What came of a rank is a file in a folder. mpiexec
+ends the processes that it knows as soon as one of them dies, and what survivors do is to be seen here: it does not know
+ranks that are forked (`tests.under_mpi`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import os
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,10 +31,8 @@ TIMEOUT_S = 2.0
 class World:
     """One rank, and files by which ranks tell each other apart from MPI."""
 
-    def __init__(self, folder: Path, scenario: str) -> None:
-        from mpi4py import MPI
-
-        self.comm, self.folder, self.scenario = MPI.COMM_WORLD, folder, scenario
+    def __init__(self, folder: Path, scenario: str, comm: Any) -> None:
+        self.comm, self.folder, self.scenario = comm, folder, scenario
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
 
     def buffer(self, timeout_s: float = TIMEOUT_S, hidden: int = 16) -> moecomm.Buffer:
@@ -285,31 +282,17 @@ def cell(event: str, world: World) -> tuple[str, float, str, str]:
     return kind, seconds, after, printed
 
 
-def main() -> None:
-    """Play one rank; the exit status tells the launcher, the files tell the tests."""
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        os._exit(0)
-    os.setsid()
-    torch.set_num_threads(1)
-    for name in sys.argv[1].split(","):
-        faulthandler.dump_traceback_later(100, exit=True)
+def play_all(comm: Any, scenarios: tuple[str, ...], folder: Path) -> None:
+    """Play one rank in each of them; what came of it is left in files."""
+    for name in scenarios:
         what, _, event = name.partition(":")
         scenario = functools.partial(cell, event) if what == "cell" else globals()[name]
-        world = World(Path(sys.argv[2]), name)
+        world = World(folder, name, comm)
         try:
             outcome = scenario(world)
         except BaseException as error:
             faulthandler.dump_traceback()
             outcome = error
         world.leave(f"outcome.{name}.{world.rank}", pickle.dumps(outcome))
-        if name != sys.argv[1].split(",")[-1]:
+        if name != scenarios[-1]:
             world.meet("end")
-    if len(sys.argv) > 3:  # end as a program does; MPI waits for all ranks in it
-        sys.exit(0)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moecomm.testing import no_leaks
-from moecomm.testing.mpi import mpi_missing, run_mpi
+from moecomm.testing import RankFailure, no_leaks
+from moecomm.testing.mpi import mpi_missing
 from tests.faults import _table
+from tests.faults._mpi_ranks import play_all
 from tests.faults._ranks import Outcome
 from tests.faults._scenes import patience
 from tests.faults.test_table import judge
+from tests.under_mpi import run_under_mpi
 
 pytestmark = [pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing()), pytest.mark.timeout(400)]
 
@@ -39,16 +42,24 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[i
 
     @functools.cache
     def printed() -> str:
-        scenarios = ",".join((*TOGETHER, *CELLS, "breaks_off"))
-        return run_mpi(["-m", "tests.faults._mpi_ranks", scenarios, str(folder)], 3, timeout_s=350).stdout
+        return trouble((*TOGETHER, *CELLS, "breaks_off"), 3, folder, timeout_s=350)
 
     return lambda scenario: said(scenario, 3, folder, printed())
 
 
-def outcomes(scenario: str, size: int, folder: Path, *options: str, dead: int | None = None) -> dict[int, Any]:
-    """Run a scenario on ranks that their launcher cannot end; what came of each."""
-    done = run_mpi(["-m", "tests.faults._mpi_ranks", scenario, str(folder)], size, timeout_s=120, options=options)
-    return said(scenario, size, folder, done.stdout, dead)
+def outcomes(scenario: str, size: int, folder: Path, dead: int) -> dict[int, Any]:
+    """Run a scenario in which a rank is killed; what came of the others."""
+    return said(scenario, size, folder, trouble((scenario,), size, folder, timeout_s=120, dead=dead), dead)
+
+
+def trouble(scenarios: tuple[str, ...], size: int, folder: Path, timeout_s: float, dead: int | None = None) -> str:
+    """Run scenarios on ranks that their launcher cannot end; what went wrong, if anything did."""
+    expect_exit = {} if dead is None else {dead: -signal.SIGKILL}
+    try:
+        run_under_mpi(play_all, size, scenarios, folder, timeout_s=timeout_s, expect_exit=expect_exit)
+    except RankFailure as failure:
+        return str(failure)
+    return ""
 
 
 def said(scenario: str, size: int, folder: Path, printed: str, dead: int | None = None) -> dict[int, Any]:

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from moecomm.errors import ConfigError, DesyncError, MoECommError, PeerLostError, StallError, UnsupportedError
 from moecomm.group import Group
 from moecomm.testing.launcher import RankPool, run_ranks
-from moecomm.testing.mpi import mpi_missing, run_mpi
+from moecomm.testing.mpi import mpi_missing
+from tests.under_mpi import run_under_mpi
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=["W1", "W2", "W3"])
@@ -300,66 +301,54 @@ def test_group_without_a_store_is_unsupported(monkeypatch: pytest.MonkeyPatch) -
 
 # -- MPI -------------------------------------------------------------------------------------------------------------
 
-MPI_RANKS = """
-from mpi4py import MPI
-from moecomm.errors import ConfigError, DesyncError, StallError
-from moecomm.group import Group
 
-world = MPI.COMM_WORLD
-rank, size = world.Get_rank(), world.Get_size()
-group = Group.resolve(world)
-assert (group.rank, group.size, group.process_group) == (rank, size, None)
-assert group.mpi_comm is world
-for i in range(6):
-    assert group.all_gather_object((rank, i)) == [(r, i) for r in range(size)]
-big = group.all_gather_object(bytes([rank]) * 3_000_000)
-assert [(len(b), b[0]) for b in big] == [(3_000_000, r) for r in range(size)]
-assert [group.broadcast_object(rank, root) for root in range(size)] == list(range(size))
-again = Group.resolve(world)
-assert [view.all_gather_object(rank) for view in (group, again, group)] == [list(range(size))] * 3
+def content_with_mpi(world: Any) -> str:
+    rank, size = world.Get_rank(), world.Get_size()
+    group = Group.resolve(world)
+    assert (group.rank, group.size, group.process_group) == (rank, size, None)
+    assert group.mpi_comm is world
+    for i in range(6):
+        assert group.all_gather_object((rank, i)) == [(r, i) for r in range(size)]
+    big = group.all_gather_object(bytes([rank]) * 3_000_000)
+    assert [(len(b), b[0]) for b in big] == [(3_000_000, r) for r in range(size)]
+    assert [group.broadcast_object(rank, root) for root in range(size)] == list(range(size))
+    again = Group.resolve(world)
+    assert [view.all_gather_object(rank) for view in (group, again, group)] == [list(range(size))] * 3
 
-half = world.Split(rank % 2, rank)
-assert Group.resolve(half).all_gather_object(rank) == [r for r in range(size) if r % 2 == rank % 2]
-pair = world.Create(world.group.Incl([0]))
-if rank:
-    try:
-        Group.resolve(pair)
-        raise SystemExit("COMM_NULL was accepted")
-    except ConfigError as error:
-        assert "got MPI.COMM_NULL" in str(error), error
+    half = world.Split(rank % 2, rank)
+    assert Group.resolve(half).all_gather_object(rank) == [r for r in range(size) if r % 2 == rank % 2]
+    pair = world.Create(world.group.Incl([0]))
+    if rank:
+        kind, _, message = outcome(lambda: Group.resolve(pair))
+        assert kind == "ConfigError" and "got MPI.COMM_NULL" in message
+    if size > 1:
+        miss_and_disagree(world, group)
+    group.barrier()
+    assert not dist.is_initialized()
+    return f"rank {rank} of {size} is content"
 
-if size > 1:
-    absent = size - 1
+
+def miss_and_disagree(world: Any, group: Group) -> None:
+    """The last rank does not come in time; then the first calls another operation."""
+    rank, absent = group.rank, group.size - 1
     if rank != absent:
-        try:
-            group.all_gather_object(b"x" * 1000, timeout_s=1.0)
-            raise SystemExit("nobody was missed")
-        except StallError as error:
-            assert error.peers == (absent,), error
-            assert f"rank {rank}: all_gather_object: ranks [{absent}] did not arrive in time" in str(error), error
+        kind, peers, message = outcome(lambda: group.all_gather_object(b"x" * 1000, timeout_s=1.0))
+        assert (kind, peers) == ("StallError", (absent,)), message
+        assert f"rank {rank}: all_gather_object: ranks [{absent}] did not arrive in time" in message
     world.Barrier()
     if rank == absent:
         group.all_gather_object(b"late", timeout_s=1.0)  # the others gave up; their messages are still there
     world.Barrier()
-    assert group.all_gather_object(rank) == list(range(size))
-    try:
-        group.barrier() if rank == 0 else group.all_gather_object(rank)
-        raise SystemExit("ranks disagree unnoticed")
-    except DesyncError as error:
-        assert error.peers == (tuple(range(1, size)) if rank == 0 else (0,)), error
-group.barrier()
-import torch.distributed as dist
-assert not dist.is_initialized()
-print(end=f"rank {rank} of {size} is content\\n", flush=True)
-"""
+    assert group.all_gather_object(rank) == list(range(group.size))
+    kind, peers, message = outcome(group.barrier if rank == 0 else lambda: group.all_gather_object(rank))
+    assert (kind, peers) == ("DesyncError", tuple(range(1, group.size)) if rank == 0 else (0,)), message
 
 
 @pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
 @pytest.mark.parametrize("size", [1, 3])  # with 3, communicators of 1 and 2 ranks come along
 def test_mpi_group(size: int) -> None:
-    done = run_mpi(["-c", MPI_RANKS], size)
-    assert done.returncode == 0, done.stdout
-    assert sorted(done.stdout.splitlines()) == [f"rank {rank} of {size} is content" for rank in range(size)]
+    said = run_under_mpi(content_with_mpi, size)
+    assert said == [f"rank {rank} of {size} is content" for rank in range(size)]
 
 
 def test_error_classes_are_the_ones_promised() -> None:

@@ -1,4 +1,4 @@
-"""Transport `mpi` where all ranks do as they should. This file is also the program that the jobs of mpiexec run."""
+"""Transport `mpi` where all ranks do as they should."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import atexit
 import functools
 import gc
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from torch import Tensor
 
 import moecomm
 from moecomm.group import Group
-from moecomm.testing import no_leaks
+from moecomm.testing import RankFailure, no_leaks
 from moecomm.testing.mpi import mpi_missing, run_mpi
 from moecomm.topology import Topology
 from moecomm.transport._mpi_exchange import MpiExchange
 from moecomm.transport._mpi_post import Kind
 from moecomm.transport.mpi import MpiTransport
+from tests.under_mpi import run_under_mpi
 
 BIG_ROW_BYTES, NUM_BIG_ROWS = 1 << 20, 2200  # 2.15 GiB to one rank: more than 2**31 bytes, and than 2**31 - 1
 BIG_BYTES = 2 * BIG_ROW_BYTES * NUM_BIG_ROWS
@@ -33,18 +33,21 @@ needs_mpi = pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
 pytestmark = pytest.mark.timeout(180)
 
 
-# Programs that can follow each other in one job, by its number of ranks; nothing can follow the last.
+# Programs that can follow each other in one job, by its number of ranks.
 TOGETHER = {
-    2: ("alone_with_mpi", "overlap", "own_traffic", "ends", "big", "dropped"),
+    2: ("alone_with_mpi", "overlap", "big", "own_traffic", "ends"),
     3: ("many_in_flight", "staged", "farewell"),
 }
 
 
 @functools.cache
 def output(size: int) -> str:
-    """What the job of so many ranks prints; its programs run one after the other until one fails."""
+    """What the job of so many ranks says; its programs run one after the other until one fails."""
     programs = [name for name in TOGETHER[size] if name != "big" or free_bytes() >= BIG_BYTES]
-    return run_mpi(["-m", "mpi4py", "-m", "tests.unit.test_mpi", *programs], size, timeout_s=170).stdout
+    try:
+        return "".join(run_under_mpi(run_programs, size, programs, timeout_s=170))
+    except RankFailure as failure:
+        return str(failure)
 
 
 def demand(size: int, program: str, printed: str) -> None:
@@ -60,9 +63,17 @@ def free_bytes() -> int:
 @pytest.mark.parametrize(("size", "program"), [(size, name) for size, names in TOGETHER.items() for name in names])
 def test_program(size: int, program: str) -> None:
     printed = output(size)
-    if program == "big" and f"{program}: done" not in printed and "dropped: done" in printed:
+    if program == "big" and f"{program}: done" not in printed and "ends: done" in printed:
         pytest.skip(f"needs {BIG_BYTES / 2**30:.1f} GiB of free memory, there were too few")
     demand(size, program, printed)
+
+
+@needs_mpi
+def test_what_is_dropped_reaches_the_others() -> None:
+    """When a program ends: here that is this file, started by mpiexec."""
+    done = run_mpi(["-m", "mpi4py", "-m", "tests.unit.test_mpi"], 2, timeout_s=110)
+    assert done.returncode == 0
+    demand(2, "dropped", done.stdout)
 
 
 KILLED = """
@@ -328,7 +339,7 @@ def staged(comm: Any) -> None:
     mpi.device_awareness = lambda *_: (False, "pretended")
     mpi.Slots = functools.partial(mpi.Slots, chunk_bytes=100, num_slots=2)  # type: ignore[misc,assignment]
     cases = ("plain", "empty_rank", "all_to_one", "tiny_hidden", "ragged_tokens", "quantised_pair", "all_empty")
-    results = run_in_turn(comm, "mpi", [CASES[name] for name in cases], rounds=4)
+    results = run_in_turn(comm, "mpi", [CASES[name] for name in cases], rounds=2)
     assert len(results) == len(cases)
     for result in results:
         assert result.ok, result.message
@@ -341,10 +352,18 @@ def staged(comm: Any) -> None:
         assert buffer._core.transport.allocated_bytes > 0
 
 
+def run_programs(comm: Any, names: list[str]) -> str:
+    """What each rank runs, and what it has done, which a rank that fails has printed."""
+    said = ""
+    for name in names:
+        globals()[name](comm)
+        said += f"{name}: done\n"
+        print(f"{name}: done\n", end="", flush=True)
+    return said
+
+
 if __name__ == "__main__":
     from mpi4py import MPI
 
     torch.set_num_threads(1)
-    for program in sys.argv[1:]:
-        globals()[program](MPI.COMM_WORLD)
-        print(f"{program}: done\n", end="", flush=True)
+    run_programs(MPI.COMM_WORLD, ["dropped"])
