@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moecomm.errors import StallError
-from moecomm.testing import RankFailure, RankPool, _processes, no_leaks, run_ranks
+from moecomm.testing import RankFailure, RankPool, _processes, launcher, no_leaks, run_ranks
 
 # -- functions that run on the ranks -----------------------------------------------------------------------------
 
@@ -68,11 +67,6 @@ def start_a_sleeper(rank: int, folder: str) -> int:
     return sleeper.pid
 
 
-def start_a_sleeper_and_hang(rank: int, folder: str) -> None:
-    start_a_sleeper(rank, folder)
-    time.sleep(300)
-
-
 def origin(rank: int, name: str) -> tuple[int, int, str | None]:
     return os.getppid(), os.getsid(0), os.environ.get(name)
 
@@ -97,12 +91,14 @@ def pool() -> Iterator[RankPool]:
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Warm processes of this test alone, which start sooner: they have what every rank needs, and nothing else."""
+def bare(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Warm processes of this test alone beside those with ranks; they start sooner, with what every rank needs."""
+    kept = {key: warm for key, warm in _processes._all_warm.items() if warm.ranks}
     monkeypatch.setattr(_processes, "_OPTIONAL", ())
-    monkeypatch.setattr(_processes, "_all_warm", {})
+    monkeypatch.setattr(_processes, "_all_warm", dict(kept))
     yield
-    _processes._close_all()
+    for key in _processes._all_warm.keys() - kept.keys():
+        _processes._all_warm.pop(key).close()
 
 
 def is_alive(pid: int) -> bool:
@@ -155,7 +151,10 @@ def test_pool_works_after_a_failure(pool: RankPool) -> None:
     assert [rank.process.pid for rank in pool._ranks] == pids, "a plain exception must not cost a new start"
 
 
-def test_pool_works_after_a_rank_was_left_alone_in_a_collective(pool: RankPool) -> None:
+def test_pool_works_after_a_rank_was_left_alone_in_a_collective(
+    pool: RankPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_GRACE_S", 0.5)
     with pytest.raises(RankFailure, match="before the collective"):
         pool.run(fail_before_collective, 0)
     assert pool.run(sum_of_ranks, 0)[0][0] == 1.0
@@ -200,33 +199,58 @@ def test_what_ranks_started_ends_with_them(tmp_path: Path) -> None:
     assert gone_within(pids, 2.0)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_outlives_the_launcher(stop: signal.Signals, tmp_path: Path) -> None:
+SCRIPT = """
+import os, signal, subprocess, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from moecomm.testing import run_ranks
+
+@dataclass
+class Note:
+    text: str
+
+def double(rank, note):
+    return note.text * rank
+
+def start_a_sleeper_and_hang(rank, folder):
+    sleeper = subprocess.Popen(["sleep", "300"])
+    Path(folder, str(rank)).write_text(f"{os.getpid()} {sleeper.pid}")
+    time.sleep(300)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
+    print(run_ranks(double, 2, Note("ab"), backend=None), flush=True)
+    for folder in sys.argv[1:]:
+        if folder == sys.argv[-1] or os.fork() == 0:
+            Path(folder, "launcher").write_text(str(os.getpid()))
+            run_ranks(start_a_sleeper_and_hang, 2, folder, backend=None)
+"""
+
+
+def test_functions_of_a_script_run_and_nothing_outlives_a_launcher(tmp_path: Path) -> None:
+    """However it ends: a script that has started ranks, and two processes that it forks before it starts some more."""
     script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent("""
-        import signal, sys
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
-        sys.path.insert(0, sys.argv[1])
-        from moecomm.testing import run_ranks
-        from tests.unit.test_launcher import start_a_sleeper_and_hang
-        if __name__ == "__main__":
-            run_ranks(start_a_sleeper_and_hang, 2, sys.argv[2], backend=None)
-        """)
-    )
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    root = str(Path(__file__).resolve().parents[2])
+    script.write_text(SCRIPT)
+    stops = {tmp_path / stop.name: stop for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
+    for folder in stops:
+        folder.mkdir()
     with no_leaks():
-        launcher = subprocess.Popen([sys.executable, str(script), root, str(notes)], stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while sum(bool(note.read_text()) for note in notes.iterdir()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        pids = [int(pid) for note in notes.iterdir() for pid in note.read_text().split()]
-        launcher.send_signal(stop)
-        launcher.communicate(timeout=20)
-        assert len(pids) == 4
-        assert gone_within(pids, 5.0), "a rank or what it started outlived its launcher"
+        started = subprocess.Popen([sys.executable, str(script), *stops], stdout=subprocess.PIPE, text=True)
+        assert started.stdout is not None and started.stdout.readline() == "['', 'ab']\n"
+        for folder, stop in stops.items():
+            pids = [int(pid) for name in ("launcher", "0", "1") for pid in written(folder / name).split()]
+            os.kill(pids[0], stop)
+            assert len(pids) == 5
+            assert gone_within(pids, 10.0), f"a rank or what it started outlived its launcher, ended by {stop.name}"
+        started.communicate(timeout=20)
+
+
+def written(path: Path) -> str:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline, f"nothing wrote {path.name}"
+        time.sleep(0.05)
+    return path.read_text()
 
 
 def test_ranks_are_forked_from_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,10 +263,20 @@ def test_ranks_are_forked_from_one_process(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(parents) == 1 and os.getpid() not in parents and len(sessions) == 4
 
 
-def test_what_libraries_read_at_their_start_is_not_inherited(bare: None) -> None:
-    (plain,) = run_ranks(origin, 1, "TRITON_INTERPRET", backend=None)
-    (other,) = run_ranks(origin, 1, "TRITON_INTERPRET", backend=None, env={"TRITON_INTERPRET": "1"})
-    assert other[2] == "1" and os.getpid() != other[0] != plain[0]
+def test_every_environment_has_its_warm_process(pool: RankPool, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What libraries read at their start is not inherited. A process with ranks stays, and a dead one is replaced."""
+    monkeypatch.setattr(_processes, "_MAX_WARM", 1)
+    own = {"TRITON_INTERPRET": "1"}
+    before = pool.run(origin, "TRITON_INTERPRET")
+    (first,) = run_ranks(origin, 1, "TRITON_INTERPRET", backend=None, env=own)
+    assert first[2] == "1" and before[0][2] is None
+    assert os.getpid() != first[0] != before[0][0]
+    assert pool.run(origin, "TRITON_INTERPRET") == before
+
+    os.kill(first[0], signal.SIGKILL)
+    assert gone_within([first[0]], 10.0)
+    (second,) = run_ranks(origin, 1, "TRITON_INTERPRET", backend=None, env=own)
+    assert second[2] == "1" and second[0] not in (os.getpid(), first[0])
 
 
 def test_ranks_start_afresh_where_a_process_cannot_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,42 +290,6 @@ def test_ranks_start_afresh_where_a_process_cannot_be_forked(monkeypatch: pytest
 def test_ranks_start_afresh_where_a_library_starts_threads(bare: None) -> None:
     (rank,) = run_ranks(origin, 1, "OMP_NUM_THREADS", backend=None, env={"OMP_NUM_THREADS": "2"})
     assert rank[0] == os.getpid() and rank[2] == "2"
-
-
-def test_a_dead_warm_process_is_replaced(bare: None) -> None:
-    own = {"OMP_WAIT_POLICY": "passive"}  # ranks of other tests may live in the one without
-    (first,) = run_ranks(origin, 1, "FLAVOUR", backend=None, env=own)
-    os.kill(first[0], signal.SIGKILL)
-    assert gone_within([first[0]], 10.0)
-    assert run_ranks(origin, 1, "FLAVOUR", backend=None, env=own)[0][0] != first[0]
-
-
-def test_a_warm_process_with_ranks_stays(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many environments come after it."""
-    monkeypatch.setattr(_processes, "_MAX_WARM", 1)
-    with RankPool(1, backend=None) as pool:
-        (before,) = pool.run(origin, "FLAVOUR")
-        (other,) = run_ranks(origin, 1, "FLAVOUR", backend=None, env={"OMP_WAIT_POLICY": "passive"})
-        assert other[0] != before[0] and pool.run(origin, "FLAVOUR") == [before]
-
-
-def test_functions_of_a_script_run(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent("""
-        from dataclasses import dataclass
-        from moecomm.testing import run_ranks
-        @dataclass
-        class Note:
-            text: str
-        def double(rank, note):
-            return note.text * rank
-        if __name__ == "__main__":
-            print(run_ranks(double, 2, Note("ab"), backend=None))
-        """)
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
-    assert done.stdout.strip() == "['', 'ab']", done.stderr
 
 
 def test_wrong_arguments_are_refused() -> None:
