@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
@@ -307,6 +307,39 @@ def reduce_rows_ref(
                 value = value * (weights[row] if weights.ndim == 1 else weights[part, j])[:, None]
             total = torch.where((entry >= 0)[:, None], total + value, total)
         out[part] = _rounded(total, out.dtype)
+
+
+def reduce_columns(out: Tensor, sources: Sequence[Tensor], table_PJ: Tensor) -> None:
+    """`reduce_rows` of rows that lie apart: out[p] = round(sum over ascending j of sources[j][table[p, j]]).
+
+    Args:
+        out: (P, H) float32, float16 or bfloat16, written.
+        sources: J of (N_j, H) of one of these dtypes, contiguous.
+        table_PJ: (P, J) int64; an entry < 0 is skipped.
+
+    Raises:
+        IndexError: an entry of column j is N_j or more.
+
+    >>> out = torch.empty(2, 1)
+    >>> reduce_columns(out, [torch.tensor([[1.]]), torch.tensor([[10.], [20.]])], torch.tensor([[0, 1], [-1, 0]]))
+    >>> out.tolist()
+    [[21.0], [10.0]]
+    """
+    ends = torch.tensor([len(rows) for rows in sources])
+    if (table_PJ >= ends).any():
+        raise IndexError(f"reduce_columns: a table names a row that is not among the {ends.tolist()} of its column")
+    jit = _jit()
+    if jit is None or not (out.is_cpu and _supported(jit, out, *sources[:1])):
+        table_PJ = torch.where(table_PJ < 0, table_PJ, table_PJ + (ends.cumsum(0) - ends))
+        return reduce_rows_ref(out, torch.cat([*sources]), table_PJ)
+    places = torch.tensor([_rows("sources", rows) for rows in sources])
+    addresses = torch.where(table_PJ < 0, table_PJ, table_PJ * places[:, 1] + places[:, 0])
+    out_ptr, out_stride = _rows("out", out)
+    streaming = _streams(out.numel() * out.element_size(), out_ptr, out_stride)
+    kernel = jit.reduce_kernel(FLOATS[sources[0].dtype], FLOATS[out.dtype], None, 64, None, streaming)
+    all_memory = 0, 1, torch.iinfo(torch.int64).max  # rows of which one begins at each byte
+    given = out_ptr, out_stride, *all_memory, out.shape[1], *_rows("table", addresses), len(sources), 0, 0, 0, 0
+    _run(kernel, len(out), len(sources) * out.numel() * out.element_size(), *given)
 
 
 def scale_rows_grad(

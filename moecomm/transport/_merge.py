@@ -1,4 +1,7 @@
-"""Sums on their way home: the ranks of a node hand theirs to a forwarder, which sends one row per token.
+"""Sums on their way home: a forwarder sums what the ranks of its node have for a token, and sends one row.
+
+It reads the rows of its mates where they lie (`_yard.py`). Where every hop is checked they hand them over instead, so
+that what arrives can be compared with what left.
 
 Legend: W ranks, V nodes, R ranks of this node, B blocks.
 """
@@ -15,11 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moecomm.rows import empty_rows, reduce_rows
+from moecomm.rows import empty_rows, reduce_columns
 from moecomm.transport._fill import EVERYTHING
 from moecomm.transport._nodes import NodeMap, block_starts, first_block_rows, rows_in_block
 from moecomm.transport._spread import packed_lane
+from moecomm.transport._yard import Yard
 from moecomm.transport.base import Exchange, Lane, Merge, Transport
+
+_NOTHING = np.empty(0, np.int32)
 
 
 def sections(nodes: NodeMap, lane: Lane, filled: Callable[[int], None]) -> Iterator[tuple[int, slice]]:
@@ -54,33 +60,36 @@ def keys_for(lane: Lane, dst: int) -> np.ndarray:
 class Block:
     """What the ranks of a node sum together.
 
-    served: (R,) for whom each of them forwards. counts_RW: rows that each of them has for each rank. lows_W: where mine
-    begin. first_key: key of the first sum. sums_W: sums for each rank.
+    served: (R,) for whom each of them forwards. counts_RW: rows that each of them has for each rank. lows_RW: where
+    these begin. first_key: key of the first sum. sums_W: sums for each rank.
     """
 
     served: list[np.ndarray]
     counts_RW: np.ndarray
-    lows_W: np.ndarray
+    lows_RW: np.ndarray
     first_key: int
     sums_W: np.ndarray
 
 
 @dataclass(frozen=True)
 class Inbox:
-    """What a forwarder got from its mates.
+    """What a forwarder has of its mates.
 
-    rows: (n, row_bytes) sorted by (mate, rank served, key). tables: for each rank served (sums, R) int32 which of
-    `rows` to sum, -1 for none. exchange: what to release when the rows are no longer needed.
+    rows: (R,) of (n, row_bytes). tables: for each rank served (sums, R) int64 which of each mate's rows to sum, -1 for
+    none. exchange: what to release when the rows are no longer needed.
     """
 
-    rows: Tensor
+    rows: list[Tensor]
     tables: dict[int, Tensor]
-    exchange: Exchange
+    exchange: Exchange | None
 
 
 @final
 class Merger:
-    """Moves the lane of an exchange that merges. `staged`: this rank's rows, sorted by destination, then key."""
+    """Moves the lane of an exchange that merges.
+
+    staged: this rank's rows, sorted by destination, then key.
+    """
 
     def __init__(
         self,
@@ -98,14 +107,27 @@ class Merger:
         self._lane, self._staged = lane, staged
         self._merge: Merge = lane.merge
         self._local = int(nodes.local_index[nodes.rank])
+        self._yard: Yard | None = None
+        self._of_mates: list[tuple[Tensor, Tensor]] = []  # rows and keys in the yard
 
-    def run(self, home: Future[np.ndarray], await_rows: Callable[[int], None]) -> Tensor:
-        """Move everything; the output, sorted by (node, key). home: (W, V) headers of all ranks, when they come."""
+    def run(self, home: Future[np.ndarray], await_rows: Callable[[int], None], yard: Yard | None) -> Tensor:
+        """Move everything; the output, sorted by (node, key).
+
+        home: (W, V) headers of all ranks, when they come. yard: where mates read each other's rows, or None.
+        """
         nodes, mates = self._nodes, self._nodes.mates
         most = self._lane.out_rows  # at least as many come home, and every rank knows it already
         starts = block_starts(self._lane.row_bytes, int(most.max(initial=0)))
         bounds_WB = self._bounds(starts)
-        *counts_BRW, ends_RW = self._gather(np.vstack([np.diff(bounds_WB, axis=1).T, self._key_ends()]))
+        if yard is not None:
+            yard.keys.copy_(self._merge.keys)
+        told = self._gather(yard, np.vstack([np.diff(bounds_WB, axis=1).T, self._key_ends()]))
+        counts_BRW, ends_RW = told[:-1], told[-1]
+        num_RW = counts_BRW.sum(0)
+        lows_BRW = num_RW.cumsum(1) - num_RW + counts_BRW.cumsum(0) - counts_BRW
+        if yard is not None:
+            self._yard = yard
+            self._of_mates = [yard.of(int(mate), int(num)) for mate, num in zip(mates, num_RW.sum(1), strict=True)]
         home_W = ends_RW.max(0).astype(np.int64)  # keys have no gaps
         # How many sums each rank sends and gets is known here: the first block need not wait for what others tell.
         home_WV = np.zeros((len(home_W), nodes.topology.num_nodes), np.int64)
@@ -121,7 +143,7 @@ class Merger:
                 Block(
                     served=[nodes.served_by(int(mate)) for mate in mates],
                     counts_RW=counts_BRW[block],
-                    lows_W=bounds_WB[:, block],
+                    lows_RW=lows_BRW[block],
                     first_key=int(starts[block]),
                     sums_W=rows_in_block(home_W, starts, block),
                 ),
@@ -136,7 +158,7 @@ class Merger:
             Block(
                 served=list(mates[:, None]),
                 counts_RW=counts_BRW[-1],
-                lows_W=bounds_WB[:, -2],
+                lows_RW=lows_BRW[-1],
                 first_key=0,
                 sums_W=home_W,
             ),
@@ -162,10 +184,11 @@ class Merger:
         last = [keys_for(self._lane, dst)[-1:] for dst in range(len(self._lane.send_counts))]
         return np.array([int(keys[0]) + 1 if len(keys) else 0 for keys in last])
 
-    def _gather(self, mine_NW: np.ndarray) -> np.ndarray:
+    def _gather(self, yard: Yard | None, mine_NW: np.ndarray) -> np.ndarray:
         """(N, R, W) those numbers of every mate."""
         mine = np.ascontiguousarray(mine_NW, np.int32)
-        every = self._inside.gather_counts(self._tag, mine.ravel())[self._nodes.mates]
+        told = self._inside.gather_counts(self._tag, mine.ravel()) if yard is None else yard.gather_counts(mine.ravel())
+        every = told[self._nodes.mates]
         return every.reshape(-1, *mine.shape).swapaxes(0, 1)
 
     def _open(self, transport: Transport, lanes: Sequence[Lane], which: str) -> Exchange:
@@ -175,7 +198,7 @@ class Merger:
 
     def _lanes_inside(self, block: Block) -> list[Lane]:
         """Rows, and which sum each is for, sorted by (mate, rank served, key)."""
-        incoming, sent, starts, received = np.zeros((4, len(block.lows_W)), np.int64)
+        incoming, sent, starts, received = np.zeros((4, len(block.sums_W)), np.int64)
         for local, (mate, served) in enumerate(zip(self._nodes.mates, block.served, strict=True)):
             counts_R = block.counts_RW[:, served].sum(1)
             incoming[mate], sent[mate] = counts_R.sum(), counts_R[self._local]
@@ -191,30 +214,48 @@ class Merger:
         return [rows, replace(rows, row_bytes=4)]
 
     def _collect(self, block: Block, which: str) -> Inbox:
+        """What this rank forwards of a block; this rank's own rows of it are filled."""
+        yard = self._yard
+        if yard is None:
+            return self._hand_over(block, which)
+        if yard.rows.data_ptr() != self._staged.data_ptr():
+            lows_W, counts_W = block.lows_RW[self._local], block.counts_RW[self._local]
+            for low, count in zip(lows_W.tolist(), counts_W.tolist(), strict=True):
+                yard.rows[low : low + count] = self._staged[low : low + count]
+        yard.gather_counts(_NOTHING)  # so have all mates
+        rows, keys = zip(*self._of_mates, strict=True)
+        return Inbox([*rows], self._tables(block, [of_mate.numpy() for of_mate in keys], block.lows_RW), None)
+
+    def _hand_over(self, block: Block, which: str) -> Inbox:
         """Hand rows to the mates that forward them, and take those that this rank forwards."""
         exchange = self._open(self._inside, self._lanes_inside(block), which)
         for mate, served in zip(self._nodes.mates, block.served, strict=True):
             rows, keys, at = exchange.target(0, int(mate)), exchange.target(1, int(mate)), 0
             for rank in served:
-                low, count = int(block.lows_W[rank]), int(block.counts_RW[self._local, rank])
+                low, count = int(block.lows_RW[self._local, rank]), int(block.counts_RW[self._local, rank])
                 rows[at : at + count] = self._staged[low : low + count]
-                mine = self._merge.keys[low : low + count] - block.first_key
-                keys[at : at + count] = mine.view(torch.uint8).view(count, 4)
+                keys[at : at + count] = self._merge.keys[low : low + count].view(torch.uint8).view(count, 4)
                 at += count
         exchange.commit()
-        rows, keys, *_ = exchange.wait()
-        return Inbox(rows, self._tables(block, keys.view(torch.int32).view(-1).numpy()), exchange)
+        arrived, keys, *_ = exchange.wait()
+        served, num_mates = block.served[self._local], len(block.served)
+        counts = block.counts_RW[:, served]  # rows came sorted by (mate, rank served, key)
+        lows_RW = np.zeros_like(block.lows_RW)
+        lows_RW[:, served] = (counts.cumsum() - counts.ravel()).reshape(counts.shape)
+        every_key = keys.view(torch.int32).view(-1).numpy()
+        return Inbox([arrived] * num_mates, self._tables(block, [every_key] * num_mates, lows_RW), exchange)
 
-    def _tables(self, block: Block, keys: np.ndarray) -> dict[int, Tensor]:
-        served = block.served[self._local]
-        tables = {int(rank): np.full((block.sums_W[rank], len(block.served)), -1, np.int32) for rank in served}
-        at = 0
-        for local in range(len(block.served)):
-            for rank, table in tables.items():
-                count = int(block.counts_RW[local, rank])
-                table[keys[at : at + count], local] = np.arange(at, at + count)
-                at += count
-        return {rank: torch.from_numpy(table) for rank, table in tables.items()}
+    def _tables(self, block: Block, keys: Sequence[np.ndarray], lows_RW: np.ndarray) -> dict[int, Tensor]:
+        """Which rows of each mate make up every sum. keys: (R,) of their rows. lows_RW: where those of a rank begin."""
+        tables = {}
+        for rank in block.served[self._local].tolist():
+            table = np.full((block.sums_W[rank], len(keys)), -1, np.int64)
+            for local, of_mate in enumerate(keys):
+                low = int(lows_RW[local, rank])
+                rows = np.arange(low, low + int(block.counts_RW[local, rank]))
+                table[of_mate[rows] - block.first_key, local] = rows
+            tables[rank] = torch.from_numpy(table)
+        return tables
 
     def _open_between(self, sums_WV: np.ndarray, block: int) -> Exchange:
         recv, send = self._nodes.counts_between(sums_WV)
@@ -226,11 +267,13 @@ class Merger:
         for rank, table in inbox.tables.items():
             self._sum(flight.target(0, rank), inbox, table)
         flight.commit()
-        inbox.exchange.release()
+        if inbox.exchange is not None:
+            inbox.exchange.release()
 
     def _sum(self, out: Tensor, inbox: Inbox, table: Tensor) -> None:
         if len(table):
-            reduce_rows(out.view(self._merge.dtype), inbox.rows.view(self._merge.dtype), table)
+            dtype = self._merge.dtype
+            reduce_columns(out.view(dtype), [rows.view(dtype) for rows in inbox.rows], table)
 
     def _arrange(self, inbox: Inbox, flights: list[Exchange], home_V: np.ndarray, starts: np.ndarray) -> Tensor:
         """Sum the rows of this node into the output, and put those of other nodes beside them as they come."""
@@ -239,7 +282,10 @@ class Merger:
         out = empty_rows(int(ends_V[-1]), row_bytes, torch.uint8, self._staged.device)
         of_node = [out[end - count : end] for end, count in zip(ends_V, home_V, strict=True)]
         self._sum(of_node[nodes.node], inbox, inbox.tables[nodes.rank])
-        inbox.exchange.release()
+        if inbox.exchange is not None:
+            inbox.exchange.release()
+        if self._yard is not None:
+            self._yard.leave()
         order = sorted(nodes.away, key=lambda node: nodes.forwarder_WV[nodes.rank, node])  # as they arrive
         for block, flight in enumerate(flights):
             arrived, at = flight.wait()[0], 0
@@ -249,4 +295,6 @@ class Merger:
                 at += len(rows)
         for flight in flights:
             flight.release()
+        if self._yard is not None:
+            self._yard.close()
         return out

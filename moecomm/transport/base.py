@@ -143,6 +143,16 @@ class Exchange(ABC):
     def release(self) -> None:
         """The outputs that are not owned are no longer needed."""
 
+    # What follows is only for exchanges between ranks that reach each other's memory.
+
+    def memory_at(self, rank: int) -> Tensor:
+        """(n,) uint8 all that this exchange has at a rank."""
+        raise NotImplementedError
+
+    def gather_counts(self, counts: np.ndarray) -> np.ndarray:
+        """All-gather (C,) int32 counts into (W, C) in the middle of it: what ranks wrote before that can be read."""
+        raise NotImplementedError
+
 
 class Wave(IntEnum):
     """What ranks say about slots: rows went out, can come home, or are no longer needed."""

@@ -29,6 +29,7 @@ from moecomm.transport._fill import EVERYTHING, Fill
 from moecomm.transport._merge import Merger, sections
 from moecomm.transport._nodes import NodeMap, Shipment, first_block_rows
 from moecomm.transport._spread import Bundle, Spreader, slots_of
+from moecomm.transport._yard import Yard
 from moecomm.transport.base import Exchange, Lane, Support, Transport, TransportOptions
 
 T = TypeVar("T")
@@ -76,12 +77,12 @@ class HierarchicalTransport(Transport):
 
     def ask(self, tag: str, counts: np.ndarray) -> Future[np.ndarray]:
         """All-gather counts, in the order of the calls and independently of what moves."""
-        return self._clerk.submit(self._guarded, lambda: self._control.gather_counts(tag, counts))
+        return self._clerk.submit(self.guarded, lambda: self._control.gather_counts(tag, counts))
 
     def move(self, job: Callable[[], T]) -> Future[T]:
         """Run a job in the thread that moves."""
         self._moves = [move for move in self._moves if not move.done()]
-        self._moves.append(future := self._mover.submit(self._guarded, job))
+        self._moves.append(future := self._mover.submit(self.guarded, job))
         return future
 
     @property
@@ -89,7 +90,7 @@ class HierarchicalTransport(Transport):
         """Whether a job would begin at once."""
         return all(move.done() for move in self._moves)
 
-    def _guarded(self, job: Callable[[], T]) -> T:
+    def guarded(self, job: Callable[[], T]) -> T:
         """Run a job, unless one before it failed; if it fails, tell the peers."""
         if self.failure is not None:
             raise self.failure
@@ -108,7 +109,7 @@ class HierarchicalTransport(Transport):
         if self.between.takes_less and len(self.nodes.away):
             self._ahead = ahead = Ahead(self.nodes, tag, payloads, places_TV)
             if self.is_idle:  # nobody else moves now
-                self._guarded(lambda: ahead.send(self.between))
+                self.guarded(lambda: ahead.send(self.between))
             else:
                 self.move(lambda: ahead.send(self.between))
             ahead.pack_rest()
@@ -164,21 +165,32 @@ class HierarchicalExchange(Exchange):
         self, transport: HierarchicalTransport, tag: str, lanes: Sequence[Lane], *, agreed: bool, ahead: Ahead | None
     ) -> None:
         self._transport, self._nodes, self._tag, self._lanes = transport, transport.nodes, tag, lanes
-        self._staged = [None if lane.repeats else _staging(lane) for lane in lanes]
+        merging = [number for number, lane in enumerate(lanes) if lane.merge]
         self._wanted: dict[int, dict[int, tuple[Tensor, np.ndarray]]] = {
             number: {} for number, lane in enumerate(lanes) if lane.repeats
         }
+        assert not merging or (merging == [0] and not self._wanted), "only the first lane merges, and none repeats then"
+        self._yard = self._open_yard() if merging else None
+        self._staged = [None if lane.repeats else _staging(lane) for lane in lanes[len(merging) :]]
+        if merging:
+            self._staged.insert(0, _staging(lanes[0]) if self._yard is None else self._yard.rows)
         self._bundle: Bundle | None = None
         self._ahead = ahead
         self._told = self._know_or_ask(agreed=agreed)
         pauses = transport.is_idle and not transport.goes_on
         self._fill = Fill(lambda: transport.failure is not None, transport.timeout_s, pauses=pauses)
         self._outputs: list[Tensor] | None = None
-        merging = [number for number, lane in enumerate(lanes) if lane.merge]
-        assert not merging or (merging == [0] and not self._wanted), "only the first lane merges, and none repeats then"
         if merging:
             self._fill.reach(0)
         self._move = transport.move(self._merge_and_spread if merging else self._spread)
+
+    def _open_yard(self) -> Yard | None:
+        """Where mates read this rank's sums, if nothing that moves now stands before it, and no hop is checked."""
+        transport, lane = self._transport, self._lanes[0]
+        assert lane.merge is not None
+        if lane.merge.open is not None or not transport.is_idle:
+            return None
+        return transport.guarded(lambda: Yard(transport.inside, self._tag, lane))
 
     def _know_or_ask(self, *, agreed: bool) -> Future[np.ndarray] | None:
         """What all ranks tell of their rows for each node; None: to be asked for once this rank knows its own."""
@@ -289,7 +301,11 @@ class HierarchicalExchange(Exchange):
         rows, counters = self._rows_staged(0), transport.counters
         merger = Merger(nodes, transport.inside, transport.between, self._tag, self._lanes[0], rows, counters)
         assert self._told is not None, "asked for at once"
-        summed = merger.run(self._told, self._await)
+        lane = self._lanes[0]
+        assert lane.merge is not None
+        if self._yard is None and lane.merge.open is None:
+            self._yard = Yard(transport.inside, self._tag, lane)
+        summed = merger.run(self._told, self._await, self._yard)
         if len(self._lanes) == 1:
             return [summed]
         spreader = Spreader(nodes, transport.inside, transport.between, self._tag, self._lanes[1:], counters)

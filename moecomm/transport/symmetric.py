@@ -209,6 +209,12 @@ class SymmetricExchange(Exchange):
             self._transport.pool.give_back(self._segment)
             self._holds_segment = False
 
+    def memory_at(self, rank: int) -> Tensor:
+        return self._transport.rows_at(rank, self._segments[rank], 0, 1, self._transport.pool.segment_bytes)[0]
+
+    def gather_counts(self, counts: np.ndarray) -> np.ndarray:
+        return self._transport.channel.gather(self._seq, self._tag, counts)
+
     def move_out(self) -> None:
         """Complete early and free the segment; `wait` and `own` then give private copies."""
         self._out = [_private(view) for view in self.wait()]
