@@ -9,7 +9,7 @@ Legend: W ranks, V nodes, R ranks of this node, B blocks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import final
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moecomm.rows import empty_rows, reduce_columns
-from moecomm.transport._fill import EVERYTHING
+from moecomm.transport._fill import AT_LAST, EVERYTHING
 from moecomm.transport._nodes import NodeMap, block_starts, first_block_rows, rows_in_block
 from moecomm.transport._spread import packed_lane
 from moecomm.transport._yard import Yard
@@ -83,6 +83,10 @@ class Inbox:
     tables: dict[int, Tensor]
     exchange: Exchange | None
 
+    def release(self) -> None:
+        if self.exchange is not None:
+            self.exchange.release()
+
 
 @final
 class Merger:
@@ -107,11 +111,10 @@ class Merger:
         self._lane, self._staged = lane, staged
         self._merge: Merge = lane.merge
         self._local = int(nodes.local_index[nodes.rank])
-        self._yard: Yard | None = None
         self._of_mates: list[tuple[Tensor, Tensor]] = []  # rows and keys in the yard
 
-    def run(self, home: Future[np.ndarray], await_rows: Callable[[int], None], yard: Yard | None) -> Tensor:
-        """Move everything; the output, sorted by (node, key).
+    def run(self, home: Future[np.ndarray], yard: Yard | None) -> Generator[int, None, Tensor]:
+        """Move everything (see `_fill.py`); the output, sorted by (node, key).
 
         home: (W, V) headers of all ranks, when they come. yard: where mates read each other's rows, or None.
         """
@@ -121,12 +124,13 @@ class Merger:
         bounds_WB = self._bounds(starts)
         if yard is not None:
             yard.keys.copy_(self._merge.keys)
+        yield int(starts[:2][-1])
+        self._show(yard, bounds_WB, 0)
         told = self._gather(yard, np.vstack([np.diff(bounds_WB, axis=1).T, self._key_ends()]))
         counts_BRW, ends_RW = told[:-1], told[-1]
         num_RW = counts_BRW.sum(0)
         lows_BRW = num_RW.cumsum(1) - num_RW + counts_BRW.cumsum(0) - counts_BRW
         if yard is not None:
-            self._yard = yard
             self._of_mates = [yard.of(int(mate), int(num)) for mate, num in zip(mates, num_RW.sum(1), strict=True)]
         home_W = ends_RW.max(0).astype(np.int64)  # keys have no gaps
         # How many sums each rank sends and gets is known here: the first block need not wait for what others tell.
@@ -138,7 +142,10 @@ class Merger:
             if block and block >= np.searchsorted(starts, nodes.between(home.result()).max(initial=0)):
                 break
             flights.append(self._open_between(rows_in_block(away_WV, starts, block), block))
-            await_rows(int(starts[block + 1]))
+            if block:
+                yield int(starts[block + 1])
+                self._show(yard, bounds_WB, block)
+                self._meet(yard)
             inbox = self._collect(
                 Block(
                     served=[nodes.served_by(int(mate)) for mate in mates],
@@ -153,7 +160,9 @@ class Merger:
         home.result()  # all ranks agree
         num_sent = int(home_W[nodes.sources].sum())
         self._counters.update(rows_between=num_sent, bytes_between=num_sent * self._lane.row_bytes, blocks=len(flights))
-        await_rows(EVERYTHING)
+        yield EVERYTHING
+        self._show(yard, bounds_WB, len(starts) - 1)
+        self._meet(yard)
         inbox = self._collect(
             Block(
                 served=list(mates[:, None]),
@@ -164,7 +173,18 @@ class Merger:
             ),
             "inside a node, at last",
         )
-        return self._arrange(inbox, flights, home_WV[nodes.rank], starts)
+        home_V = home_WV[nodes.rank]
+        out = empty_rows(int(home_V.sum()), self._lane.row_bytes, torch.uint8, self._staged.device)
+        of_node = list(out.split(home_V.tolist()))
+        self._sum(of_node[nodes.node], inbox, inbox.tables[nodes.rank])
+        inbox.release()
+        if yard is not None:
+            yard.leave()
+        yield AT_LAST
+        self._arrange(of_node, flights, starts)
+        if yard is not None:
+            yard.close()
+        return out
 
     def _bounds(self, starts: np.ndarray) -> np.ndarray:
         """(W, B + 2) where in `staged` my rows of each block for each rank begin; the last block is for this node."""
@@ -213,16 +233,21 @@ class Merger:
         )
         return [rows, replace(rows, row_bytes=4)]
 
+    def _show(self, yard: Yard | None, bounds_WB: np.ndarray, block: int) -> None:
+        """Put my rows of a block where mates read them, if they are not there already."""
+        if yard is not None and yard.rows.data_ptr() != self._staged.data_ptr():
+            for low, high in bounds_WB[:, block : block + 2].tolist():
+                yard.rows[low:high] = self._staged[low:high]
+
+    def _meet(self, yard: Yard | None) -> None:
+        """Wait until all mates have shown as much."""
+        if yard is not None:
+            yard.gather_counts(_NOTHING)
+
     def _collect(self, block: Block, which: str) -> Inbox:
-        """What this rank forwards of a block; this rank's own rows of it are filled."""
-        yard = self._yard
-        if yard is None:
+        """What this rank forwards of a block."""
+        if not self._of_mates:
             return self._hand_over(block, which)
-        if yard.rows.data_ptr() != self._staged.data_ptr():
-            lows_W, counts_W = block.lows_RW[self._local], block.counts_RW[self._local]
-            for low, count in zip(lows_W.tolist(), counts_W.tolist(), strict=True):
-                yard.rows[low : low + count] = self._staged[low : low + count]
-        yard.gather_counts(_NOTHING)  # so have all mates
         rows, keys = zip(*self._of_mates, strict=True)
         return Inbox([*rows], self._tables(block, [of_mate.numpy() for of_mate in keys], block.lows_RW), None)
 
@@ -267,25 +292,16 @@ class Merger:
         for rank, table in inbox.tables.items():
             self._sum(flight.target(0, rank), inbox, table)
         flight.commit()
-        if inbox.exchange is not None:
-            inbox.exchange.release()
+        inbox.release()
 
     def _sum(self, out: Tensor, inbox: Inbox, table: Tensor) -> None:
         if len(table):
             dtype = self._merge.dtype
             reduce_columns(out.view(dtype), [rows.view(dtype) for rows in inbox.rows], table)
 
-    def _arrange(self, inbox: Inbox, flights: list[Exchange], home_V: np.ndarray, starts: np.ndarray) -> Tensor:
-        """Sum the rows of this node into the output, and put those of other nodes beside them as they come."""
-        nodes, row_bytes = self._nodes, self._lane.row_bytes
-        ends_V = np.cumsum(home_V)
-        out = empty_rows(int(ends_V[-1]), row_bytes, torch.uint8, self._staged.device)
-        of_node = [out[end - count : end] for end, count in zip(ends_V, home_V, strict=True)]
-        self._sum(of_node[nodes.node], inbox, inbox.tables[nodes.rank])
-        if inbox.exchange is not None:
-            inbox.exchange.release()
-        if self._yard is not None:
-            self._yard.leave()
+    def _arrange(self, of_node: Sequence[Tensor], flights: Sequence[Exchange], starts: np.ndarray) -> None:
+        """Put the rows of other nodes where they belong, as they come."""
+        nodes = self._nodes
         order = sorted(nodes.away, key=lambda node: nodes.forwarder_WV[nodes.rank, node])  # as they arrive
         for block, flight in enumerate(flights):
             arrived, at = flight.wait()[0], 0
@@ -295,6 +311,3 @@ class Merger:
                 at += len(rows)
         for flight in flights:
             flight.release()
-        if self._yard is not None:
-            self._yard.close()
-        return out

@@ -6,7 +6,7 @@ Legend: W ranks, V nodes, R ranks of this node, B blocks, U rows that a rank sen
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, final
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moecomm.rows import copy_rows
-from moecomm.transport._fill import EVERYTHING
+from moecomm.transport._fill import AT_LAST
 from moecomm.transport._nodes import NodeMap, Shipment, Spread, block_starts, rows_in_block
 from moecomm.transport.base import Exchange, Lane, Transport
 
@@ -94,13 +94,11 @@ class Spreader:
         bundle: Bundle | None,
         staged: Sequence[Tensor | None],
         told: np.ndarray,
-        await_rows: Callable[[int], None],
         ahead: Ahead | None = None,
-    ) -> tuple[Exchange, list[Tensor]]:
-        """Move everything; the exchange inside the node, complete, and its outputs.
+    ) -> Generator[int, None, tuple[Exchange, list[Tensor]]]:
+        """Move everything (see `_fill.py`); the exchange inside the node, complete, and its outputs.
 
-        told: (W, 2 V) headers of all bundles. await_rows: waits until so many rows for each other node are packed.
-        ahead: the first block, if it has left.
+        told: (W, 2 V) headers of all bundles. ahead: the first block, if it has left.
         """
         rows_WV, copies_WV = np.split(told.astype(np.int64), 2, 1)
         away_WV = self._nodes.between(rows_WV)
@@ -111,7 +109,7 @@ class Spreader:
         for block, (start, stop) in enumerate(pairwise(starts.tolist())):
             if block or ahead is None:
                 flights.append(flight := self._open_block(rows_in_block(away_WV, starts, block)))
-                await_rows(stop)
+                yield stop
                 assert bundle is not None
                 self._send_block(flight, bundle, slice(start, stop))
             else:
@@ -122,7 +120,8 @@ class Spreader:
         num_sent = int(away_WV[self._nodes.rank].sum())
         self._counters.update(rows_between=num_sent, bytes_between=num_sent * row_bytes, blocks=len(flights))
         inner = self._open_inside()
-        own = self._own_rows(inner, bundle, staged, await_rows, max(1, len(flights) - 1))
+        yield AT_LAST
+        own = self._own_rows(inner, bundle, staged, max(1, len(flights) - 1))
         arrived = first.wait()
         spread = self._spread_plan(arrived, rows_WV, copies_WV, starts)
         for direct, number in enumerate(self._direct, start=bool(self._repeating)):
@@ -199,7 +198,6 @@ class Spreader:
         inner: Exchange,
         bundle: Bundle | None,
         staged: Sequence[Tensor | None],
-        await_rows: Callable[[int], None],
         num_parts: int,
     ) -> Iterator[None]:
         """Move rows that never leave the node, in so many parts: they can wait, what others wait for cannot."""
@@ -211,7 +209,6 @@ class Spreader:
         if bundle is None:
             return
         own = bundle.shipments[self._nodes.node]
-        await_rows(EVERYTHING)
         starts = len(own.rows) * np.arange(num_parts + 1) // num_parts
         spread = Spread.plan([replace(own, rows=np.arange(len(own.rows)))], len(self._nodes.mates), starts)
         for part, (start, stop) in enumerate(pairwise(starts.tolist())):

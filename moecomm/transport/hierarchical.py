@@ -12,9 +12,9 @@ is between nodes, the one before it is spread, or the one after it is summed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, cast, final
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from moecomm.group import Group
 from moecomm.rows import byte_rows, copy_rows
 from moecomm.topology import Topology
 from moecomm.transport._ahead import Ahead
-from moecomm.transport._fill import EVERYTHING, Fill
+from moecomm.transport._fill import EVERYTHING, Fill, Turns
 from moecomm.transport._merge import Merger, sections
 from moecomm.transport._nodes import NodeMap, Shipment, first_block_rows
 from moecomm.transport._spread import Bundle, Spreader, slots_of
@@ -177,12 +177,14 @@ class HierarchicalExchange(Exchange):
         self._bundle: Bundle | None = None
         self._ahead = ahead
         self._told = self._know_or_ask(agreed=agreed)
-        pauses = transport.is_idle and not transport.goes_on
-        self._fill = Fill(lambda: transport.failure is not None, transport.timeout_s, pauses=pauses)
         self._outputs: list[Tensor] | None = None
-        if merging:
-            self._fill.reach(0)
-        self._move = transport.move(self._merge_and_spread if merging else self._spread)
+        steps = self._merge_and_spread() if merging else self._spread()
+        if transport.is_idle and not transport.goes_on:  # the caller waits at once: no other thread is needed
+            self._fill: Fill | Turns[list[Tensor]] = (turns := Turns(steps, transport.guarded))
+            self._result: Callable[[], list[Tensor]] = turns.result
+        else:
+            self._fill = fill = Fill(lambda: transport.failure is not None, transport.timeout_s)
+            self._result = transport.move(lambda: self._moved(steps, fill)).result
 
     def _open_yard(self) -> Yard | None:
         """Where mates read this rank's sums, if nothing that moves now stands before it, and no hop is checked."""
@@ -231,7 +233,7 @@ class HierarchicalExchange(Exchange):
 
     def wait(self) -> list[Tensor]:
         if self._outputs is None:
-            self._outputs = self._move.result()
+            self._outputs = self._result()
         return self._outputs
 
     def own(self, lane: int) -> Tensor:
@@ -278,39 +280,41 @@ class HierarchicalExchange(Exchange):
 
     # -- the transport's thread ------------------------------------------------------------------------------------
 
-    def _await(self, rows: int) -> None:
-        """Wait until the caller's thread has filled so many rows for each other node."""
-        if not self._fill.wait(rows):
-            what = "this rank did not get to fill its own rows in time"
-            raise self._transport.failure or StallError(what, rank=self._nodes.rank, operation=self._tag.split(" ")[0])
+    def _moved(self, steps: Generator[int, None, T], fill: Fill) -> T:
+        """Go through steps, waiting until the caller's thread has filled what each of them needs."""
+        try:
+            while fill.wait(min(next(steps), EVERYTHING)):
+                pass
+        except StopIteration as end:
+            return cast(T, end.value)
+        what = "this rank did not get to fill its own rows in time"
+        raise self._transport.failure or StallError(what, rank=self._nodes.rank, operation=self._tag.split(" ")[0])
 
-    def _spread(self) -> list[Tensor]:
+    def _spread(self) -> Generator[int, None, list[Tensor]]:
         """Move lanes none of which merges."""
         transport = self._transport
-        self._await(0 if self._wanted else EVERYTHING)
+        yield 0 if self._wanted else EVERYTHING
         assert self._told is not None, "asked for before anything is filled"
         told = self._told.result()
         spreader = Spreader(
             self._nodes, transport.inside, transport.between, self._tag, self._lanes, transport.counters
         )
-        return keep(*spreader.run(self._bundle, self._staged, told, self._await, self._ahead))
+        return keep(*(yield from spreader.run(self._bundle, self._staged, told, self._ahead)))
 
-    def _merge_and_spread(self) -> list[Tensor]:
+    def _merge_and_spread(self) -> Generator[int, None, list[Tensor]]:
         """Move a lane that merges, then what comes with it."""
-        transport, nodes = self._transport, self._nodes
+        transport, nodes, lane = self._transport, self._nodes, self._lanes[0]
+        assert self._told is not None and lane.merge is not None, "asked for at once"
         rows, counters = self._rows_staged(0), transport.counters
-        merger = Merger(nodes, transport.inside, transport.between, self._tag, self._lanes[0], rows, counters)
-        assert self._told is not None, "asked for at once"
-        lane = self._lanes[0]
-        assert lane.merge is not None
+        merger = Merger(nodes, transport.inside, transport.between, self._tag, lane, rows, counters)
         if self._yard is None and lane.merge.open is None:
             self._yard = Yard(transport.inside, self._tag, lane)
-        summed = merger.run(self._told, self._await, self._yard)
+        summed = yield from merger.run(self._told, self._yard)
         if len(self._lanes) == 1:
             return [summed]
         spreader = Spreader(nodes, transport.inside, transport.between, self._tag, self._lanes[1:], counters)
         told = np.zeros((nodes.topology.num_ranks, 2 * nodes.topology.num_nodes), np.int64)
-        return [summed, *keep(*spreader.run(None, self._staged[1:], told, self._await))]
+        return [summed, *keep(*(yield from spreader.run(None, self._staged[1:], told)))]
 
 
 def keep(exchange: Exchange, outputs: list[Tensor]) -> list[Tensor]:
