@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moecomm._operator import operator
+from moecomm.blocks import empty_rows
 from moecomm.core import Core
 from moecomm.errors import StaleHandleError
 from moecomm.handle import HANDLE_TENSORS, Dispatched, DispatchHandle
@@ -26,7 +27,7 @@ from moecomm.operations import (
     start_dispatch,
     start_replay,
 )
-from moecomm.rows import empty_rows, scale_rows_grad
+from moecomm.rows import scale_rows_grad
 
 CORES: WeakValueDictionary[int, Core] = WeakValueDictionary()
 

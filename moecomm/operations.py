@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm.blocks import empty_rows
 from moecomm.core import Core
 from moecomm.handle import DispatchHandle
 from moecomm.plan import Counts, SendPlan, merge_keys, node_counts, node_places, plan_send, settle
 from moecomm.quant import QuantSpec, dequantize, quantize
-from moecomm.rows import can_scatter, empty_rows, reduce_rows, scatter_rows, scatter_sums
+from moecomm.rows import can_scatter, reduce_rows, scatter_rows, scatter_sums
 from moecomm.transport.base import Exchange, Lane, Merge, as_bytes
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from moecomm import Dispatched, DispatchHandle
+from moecomm.blocks import empty_rows
 from moecomm.deep_ep.wire import Space
-from moecomm.rows import copy_rows, empty_rows
+from moecomm.rows import copy_rows
 
 
 @final

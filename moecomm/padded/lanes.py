@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm.blocks import empty_rows
 from moecomm.core import Core
 from moecomm.operations import Parcel, Route, contiguous_lane, finish_out, out_parcels, send
 from moecomm.padded.generation import Generation, Kinds, Mover, bytes_of_row, encode_home, encoded
 from moecomm.plan import first_bad_entry, plan_send, settle
 from moecomm.quant import QuantSpec, dequantize
-from moecomm.rows import copy_rows, empty_rows, reduce_rows
+from moecomm.rows import copy_rows, reduce_rows
 from moecomm.transport.base import Exchange, as_bytes
 
 

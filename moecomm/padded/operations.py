@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moecomm._compiled import compiled
+from moecomm.blocks import empty_rows
 from moecomm.checks import FLOAT_DTYPES, BufferConfig, Checker, is_one_of
 from moecomm.core import Core, is_profiling, plain_rows
 from moecomm.encoding import arranged, refuse_encoding, refuse_gradient, spec_of
@@ -21,7 +22,6 @@ from moecomm.footprint import slot_bytes
 from moecomm.handle import Dispatched, PaddedHandle, Pending
 from moecomm.padded.generation import Generation, Home, Kinds, Mover
 from moecomm.quant import QuantSpec
-from moecomm.rows import empty_rows
 
 
 def _mover(core: Core, config: BufferConfig) -> Mover:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moecomm.rows import byte_rows, copy_rows
+from moecomm.blocks import byte_rows
+from moecomm.rows import copy_rows
 from moecomm.transport._nodes import NodeMap, first_block_rows
 from moecomm.transport._spread import packed_lane
 from moecomm.transport.base import Exchange, Transport, as_bytes

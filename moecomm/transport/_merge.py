@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moecomm.rows import empty_rows, reduce_columns
+from moecomm.blocks import empty_rows
+from moecomm.rows import reduce_columns
 from moecomm.transport._fill import AT_LAST, EVERYTHING
 from moecomm.transport._nodes import NodeMap, block_starts, first_block_rows, rows_in_block
 from moecomm.transport._spread import packed_lane
@@ -111,6 +113,7 @@ class Merger:
         self._lane, self._staged = lane, staged
         self._merge: Merge = lane.merge
         self._local = int(nodes.local_index[nodes.rank])
+        self._yard: Yard | None = None
         self._of_mates: list[tuple[Tensor, Tensor]] = []  # rows and keys in the yard
 
     def run(self, home: Future[np.ndarray], yard: Yard | None) -> Generator[int, None, Tensor]:
@@ -118,21 +121,13 @@ class Merger:
 
         home: (W, V) headers of all ranks, when they come. yard: where mates read each other's rows, or None.
         """
-        nodes, mates = self._nodes, self._nodes.mates
+        nodes, mates, self._yard = self._nodes, self._nodes.mates, yard
         most = self._lane.out_rows  # at least as many come home, and every rank knows it already
         starts = block_starts(self._lane.row_bytes, int(most.max(initial=0)))
         bounds_WB = self._bounds(starts)
-        if yard is not None:
-            yard.keys.copy_(self._merge.keys)
         yield int(starts[:2][-1])
-        self._show(yard, bounds_WB, 0)
-        told = self._gather(yard, np.vstack([np.diff(bounds_WB, axis=1).T, self._key_ends()]))
-        counts_BRW, ends_RW = told[:-1], told[-1]
-        num_RW = counts_BRW.sum(0)
-        lows_BRW = num_RW.cumsum(1) - num_RW + counts_BRW.cumsum(0) - counts_BRW
-        if yard is not None:
-            self._of_mates = [yard.of(int(mate), int(num)) for mate, num in zip(mates, num_RW.sum(1), strict=True)]
-        home_W = ends_RW.max(0).astype(np.int64)  # keys have no gaps
+        self._show(bounds_WB, 0)
+        counts_BRW, lows_BRW, home_W = self._meet_first(bounds_WB)
         # How many sums each rank sends and gets is known here: the first block need not wait for what others tell.
         home_WV = np.zeros((len(home_W), nodes.topology.num_nodes), np.int64)
         home_WV[:, nodes.node], home_WV[nodes.rank] = home_W, self._merge.recv_rows
@@ -144,8 +139,8 @@ class Merger:
             flights.append(self._open_between(rows_in_block(away_WV, starts, block), block))
             if block:
                 yield int(starts[block + 1])
-                self._show(yard, bounds_WB, block)
-                self._meet(yard)
+                self._show(bounds_WB, block)
+                self._meet()
             inbox = self._collect(
                 Block(
                     served=[nodes.served_by(int(mate)) for mate in mates],
@@ -161,8 +156,8 @@ class Merger:
         num_sent = int(home_W[nodes.sources].sum())
         self._counters.update(rows_between=num_sent, bytes_between=num_sent * self._lane.row_bytes, blocks=len(flights))
         yield EVERYTHING
-        self._show(yard, bounds_WB, len(starts) - 1)
-        self._meet(yard)
+        self._show(bounds_WB, len(starts) - 1)
+        self._meet()
         inbox = self._collect(
             Block(
                 served=list(mates[:, None]),
@@ -204,12 +199,24 @@ class Merger:
         last = [keys_for(self._lane, dst)[-1:] for dst in range(len(self._lane.send_counts))]
         return np.array([int(keys[0]) + 1 if len(keys) else 0 for keys in last])
 
-    def _gather(self, yard: Yard | None, mine_NW: np.ndarray) -> np.ndarray:
-        """(N, R, W) those numbers of every mate."""
-        mine = np.ascontiguousarray(mine_NW, np.int32)
-        told = self._inside.gather_counts(self._tag, mine.ravel()) if yard is None else yard.gather_counts(mine.ravel())
-        every = told[self._nodes.mates]
-        return every.reshape(-1, *mine.shape).swapaxes(0, 1)
+    def _meet_first(self, bounds_WB: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Wait until all mates have shown their first block, and learn what they have.
+
+        (B + 1, R, W) rows of every block that each mate has for each rank, where in its rows they begin, and (W,) how
+        many sums this node makes for each rank.
+        """
+        yard, mates = self._yard, self._nodes.mates
+        if yard is not None:
+            yard.keys.copy_(self._merge.keys)
+        mine = np.ascontiguousarray(np.vstack([np.diff(bounds_WB, axis=1).T, self._key_ends()]), np.int32)
+        gather = partial(self._inside.gather_counts, self._tag) if yard is None else yard.gather_counts
+        told = gather(mine.ravel())[mates].reshape(len(mates), *mine.shape)
+        counts_BRW, ends_RW = told[:, :-1].swapaxes(0, 1), told[:, -1]
+        num_RW = counts_BRW.sum(0)
+        if yard is not None:
+            self._of_mates = [yard.of(int(mate), int(num)) for mate, num in zip(mates, num_RW.sum(1), strict=True)]
+        lows_BRW = num_RW.cumsum(1) - num_RW + counts_BRW.cumsum(0) - counts_BRW
+        return counts_BRW, lows_BRW, ends_RW.max(0).astype(np.int64)  # keys have no gaps
 
     def _open(self, transport: Transport, lanes: Sequence[Lane], which: str) -> Exchange:
         if self._merge.open is not None:
@@ -233,16 +240,17 @@ class Merger:
         )
         return [rows, replace(rows, row_bytes=4)]
 
-    def _show(self, yard: Yard | None, bounds_WB: np.ndarray, block: int) -> None:
+    def _show(self, bounds_WB: np.ndarray, block: int) -> None:
         """Put my rows of a block where mates read them, if they are not there already."""
+        yard = self._yard
         if yard is not None and yard.rows.data_ptr() != self._staged.data_ptr():
             for low, high in bounds_WB[:, block : block + 2].tolist():
                 yard.rows[low:high] = self._staged[low:high]
 
-    def _meet(self, yard: Yard | None) -> None:
+    def _meet(self) -> None:
         """Wait until all mates have shown as much."""
-        if yard is not None:
-            yard.gather_counts(_NOTHING)
+        if self._yard is not None:
+            self._yard.gather_counts(_NOTHING)
 
     def _collect(self, block: Block, which: str) -> Inbox:
         """What this rank forwards of a block."""

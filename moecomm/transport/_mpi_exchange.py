@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm.blocks import empty_rows
 from moecomm.errors import DesyncError, rank_names
-from moecomm.rows import copy_rows, empty_rows
+from moecomm.rows import copy_rows
 from moecomm.transport._staging import StagedRows
 from moecomm.transport.base import Exchange, Lane
 

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moecomm.rows import byte_rows, copy_rows
+from moecomm.blocks import byte_rows
+from moecomm.rows import copy_rows
 from moecomm.transport.base import Exchange, Lane
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moecomm.blocks import empty_rows
 from moecomm.errors import DesyncError, MoECommError, PeerLostError, StallError
 from moecomm.group import Group
-from moecomm.rows import copy_rows, empty_rows
+from moecomm.rows import copy_rows
 from moecomm.topology import Topology
 from moecomm.transport._bulletin import ROLL_CALL_S, Bulletin, Verdict
 from moecomm.transport._pairs import BREAK_S, Arrival, PairExchange, Waiter

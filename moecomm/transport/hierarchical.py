@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm.blocks import byte_rows
 from moecomm.errors import MoECommError, PeerLostError, StallError
 from moecomm.group import Group
-from moecomm.rows import byte_rows, copy_rows
+from moecomm.rows import copy_rows
 from moecomm.topology import Topology
 from moecomm.transport._ahead import Ahead
 from moecomm.transport._fill import EVERYTHING, Fill, Turns

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm.blocks import empty_rows
 from moecomm.group import Group
 from moecomm.memory.host import HostMemory, host_memory_support
-from moecomm.rows import copy_rows, empty_rows
+from moecomm.rows import copy_rows
 from moecomm.topology import Topology
 from moecomm.transport.base import NUM_AREAS, Exchange, Lane, PaddedSlots, Support, Transport, TransportOptions, Wave
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from moecomm import errors
+from moecomm.blocks import empty_rows
 from moecomm.errors import DesyncError, MoECommError, PeerLostError, StaleHandleError, StallError, rank_names
 from moecomm.group import Group
-from moecomm.rows import empty_rows
 from moecomm.topology import Topology
 from moecomm.transport._mpi_exchange import MpiExchange
 from moecomm.transport._mpi_post import PROGRESS, ROLL_CALL_S, Kind, duplicate, mpi_error, pause, post_of

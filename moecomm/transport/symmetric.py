@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm.blocks import empty_rows
 from moecomm.errors import CapacityError, MoECommError
 from moecomm.group import Group
 from moecomm.memory.channel import Channel, Steps
 from moecomm.memory.device import device_memory_support, moves_by_kernels
 from moecomm.memory.host import HostMemory, SegmentPool, host_memory_support
 from moecomm.memory.mail import PLACES, Kind, Mail, mail_bytes, place_of
-from moecomm.rows import copy_rows, empty_rows
+from moecomm.rows import copy_rows
 from moecomm.topology import Topology
 from moecomm.transport.base import NUM_AREAS, Exchange, Lane, PaddedSlots, Support, Transport, TransportOptions, Wave
 

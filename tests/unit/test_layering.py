@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "_rows_jit",
             "_quant_jit",
             "_tags_jit",
+            "blocks",
             "rows",
         ),
     ),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moecomm import rows
-from moecomm.rows import empty_rows
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 BYTES = [torch.uint8, torch.bool, torch.float8_e4m3fn, torch.int16, torch.int32, torch.complex64, torch.complex128]
@@ -275,6 +272,21 @@ def test_reduce_into_a_large_output(path: str, dtype: torch.dtype, offset: int, 
         rows.reduce_rows(out, values, table)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("hidden", [1, 70, 1100])
+def test_reduce_columns_is_reduce_rows_of_all_sources(path: str, dtype: torch.dtype, hidden: int) -> None:
+    torch.manual_seed(0)
+    sources = [random_rows(count, hidden, dtype) for count in (5, 0, 9)]
+    table = torch.stack([torch.randint(-1, 5, (40,)), torch.full((40,), -1), torch.randint(-1, 9, (40,))], 1)
+    out, expected = torch.empty(40, hidden, dtype=dtype), torch.empty(40, hidden, dtype=dtype)
+    rows.reduce_columns(out, sources, table)
+    rows.reduce_rows(expected, torch.cat(sources), torch.where(table < 0, table, table + torch.tensor([0, 5, 5])))
+    assert_same_bits(out, expected)
+    table[-1, 1] = 0
+    with pytest.raises(IndexError):
+        rows.reduce_columns(out, sources, table)
+
+
 # --- scale_rows_grad ----------------------------------------------------------------------------------------------
 
 
@@ -348,45 +360,6 @@ def test_copy_into_memory_of_another_process_after_a_fork(threads: int) -> None:
     assert not alive and child.exitcode == 0
     seen = torch.frombuffer(memory, dtype=torch.bfloat16).view(2048, 1024)
     assert_same_bits(seen, (torch.arange(2048) % 4).bfloat16()[:, None].repeat(1, 1024))
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0), (2, 5)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
-def test_empty_rows_have_the_shape_asked_for(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    new = empty_rows(*shape, dtype, torch.device("cpu"))
-    assert new.shape == shape and new.dtype == dtype and new.is_contiguous()
-
-
-def test_empty_rows_recycles_what_died_and_only_that() -> None:
-    """Promise 9: as long as anything looks at an output, nobody else gets its memory."""
-    make = partial(empty_rows, 1024, 1024, torch.float32, torch.device("cpu"))
-    first = make()
-    where = first.data_ptr()
-    second = make()
-    assert second.data_ptr() != where
-    part = first[3:5].view(torch.int32)
-    del first
-    assert make().data_ptr() not in (where, second.data_ptr()), "a view of it is alive"
-    kept = make()
-    del part
-    gc.collect()
-    again = make()
-    assert again.data_ptr() == where and kept.data_ptr() != where
-    assert empty_rows(4096, 1024, torch.float32, torch.device("cpu")).data_ptr() != where
-
-
-@pytest.mark.parametrize("num_rows", [1, 1024, 5000])
-def test_empty_rows_begin_at_a_cache_line(num_rows: int) -> None:
-    for _ in range(3):
-        assert empty_rows(num_rows, 1024, torch.bfloat16, torch.device("cpu")).data_ptr() % 64 == 0
-
-
-def test_empty_rows_keeps_two_blocks() -> None:
-    device = torch.device("cpu")
-    many = [empty_rows(1024, 1024, torch.float32, device) for _ in range(5)]
-    many.clear()
-    gc.collect()
-    assert len(rows._free_blocks) == 2
 
 
 def test_tensors_that_need_a_gradient_are_read_and_written(path: str) -> None:
