@@ -191,6 +191,9 @@ class Model:
         else:
             state = self.read(state, r, i, n, self.some(q))
         rank[2 + i] += skip
+        if name in ("write", "signal") and steps[rank[2 + i] :][:1] == [("signal", r)]:
+            state = self.signal(state, r, r, n)
+            rank[2 + i] += 1
         if all(at == len(steps) for at in rank[2:]):  # a stream runs one kernel after another
             rank = bytearray([rank[0] + 1] + [0] * (width - 1))
             state = self.turn(self.turn(state, r, r, WRITTEN, THERE), r, r, READ, FREE)

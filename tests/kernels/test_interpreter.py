@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,29 +20,19 @@ DEADLINE_S = 600
 Outcomes = tuple[list[tuple[str, str, str]], str]
 
 
-def start_checks(report: Path, *paths: Path) -> subprocess.Popen[bytes]:
-    """Start a process that runs files of checks in the interpreter; it prints into a file beside its report."""
+def run_checks(report: Path, *paths: Path) -> str:
+    """Run files of checks in the interpreter, in one process; what it prints."""
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", f"--junitxml={report}"]
-    with report.with_suffix(".txt").open("wb") as printed:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *map(str, paths)],
-            cwd=ROOT,
-            env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-        )
-
-
-def finish(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for processes, and leave none behind."""
-    end = time.monotonic() + DEADLINE_S
-    try:
-        for process in processes:
-            process.wait(max(0.0, end - time.monotonic()))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    options += ["--continue-on-collection-errors"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *map(str, paths)],
+        cwd=ROOT,
+        env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE_S,
+    ).stdout
 
 
 def outcomes(report: Path) -> Iterator[tuple[str, str, str]]:
@@ -57,18 +46,11 @@ def outcomes(report: Path) -> Iterator[tuple[str, str, str]]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """Outcomes of all checks, run in two processes at a time, and what they printed."""
-    reports = [tmp_path_factory.mktemp("checks") / "report.xml" for _ in range(2)]
-    halves = CHECKS[::2], CHECKS[1::2]
-    finish(
-        [
-            start_checks(report, *(FOLDER / f"{name}.py" for name in names))
-            for report, names in zip(reports, halves, strict=True)
-        ]
-    )
-    printed = "\n".join(report.with_suffix(".txt").read_text(encoding="utf-8") for report in reports)
-    assert all(report.exists() for report in reports), f"the checks did not come to an end:\n{printed[-20000:]}"
-    return [outcome for report in reports for outcome in outcomes(report)], printed
+    """Outcomes of all checks, and what they printed."""
+    report = tmp_path_factory.mktemp("checks") / "report.xml"
+    printed = run_checks(report, *(FOLDER / f"{name}.py" for name in CHECKS))
+    assert report.exists(), f"the checks did not come to an end:\n{printed[-20000:]}"
+    return list(outcomes(report)), printed
 
 
 @pytest.mark.timeout(DEADLINE_S + 30)
@@ -102,10 +84,9 @@ def test_a_failure_is_reported(tmp_path: Path) -> None:
     for name, text in (("check_faulty.py", FAULTY), ("check_broken.py", "import nothing_of_that_name")):
         (tmp_path / name).write_text(text, encoding="utf-8")
     report = tmp_path / "report.xml"
-    finish([start_checks(report, tmp_path / "check_faulty.py")])
+    run_checks(report, tmp_path / "check_broken.py", tmp_path / "check_faulty.py")
     found = {(file, name): complaint for file, name, complaint in outcomes(report)}
-    assert set(found) == {("check_faulty", "test_good"), ("check_faulty", "test_bad")}
+    (broken,) = (key for key in found if key[0] == "check_broken")
+    assert set(found) == {("check_faulty", "test_good"), ("check_faulty", "test_bad"), broken}
     assert found["check_faulty", "test_good"] == "" and "so it is" in found["check_faulty", "test_bad"]
-    finish([start_checks(report, tmp_path / "check_broken.py")])
-    ((_, _, complaint),) = outcomes(report)
-    assert "nothing_of_that_name" in complaint
+    assert "nothing_of_that_name" in found[broken]
