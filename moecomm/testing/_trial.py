@@ -238,6 +238,7 @@ class Trial:
         leaf_x, leaf_bias, leaf_weights = _leaf(self._on(x)), _leaf(self._on(bias)), _leaf(self._on(weights))
 
         out = self.buffer.dispatch(leaf_x, self._on(idx), leaf_weights, layout=self.layout, align=self.align)
+        self._backward_of_dispatch(out.x, leaf_x, round, sheet)
         rows = self._experts(out)
         y = self.buffer.combine(rows, out.handle, bias=leaf_bias)
         wanted = [t for t in (leaf_x, leaf_bias, rows, leaf_weights) if t is not None]
@@ -252,16 +253,12 @@ class Trial:
         for i, (name, actual) in enumerate(zip(names, (d_x, *d_weights), strict=True)):
             given = {"magnitude": magnitude[i], "roundings": roundings}
             self.checks.bounded(actual, plain[i], exact[i], f"{what} of {name}", **given)
-        self._backward_of_dispatch(round, sheet)
 
-    def _backward_of_dispatch(self, round: int, sheet: Sheet) -> None:
-        """The backward of dispatch alone is an unweighted combine, bit for bit."""
+    def _backward_of_dispatch(self, received: Any, leaf_x: Tensor, round: int, sheet: Sheet) -> None:
+        """The backward of dispatch alone is an unweighted combine, bit for bit; its graph stays for the whole layer."""
         grads = [values(self.case, "grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
         mine = _poisoned(grads[self.rank], sheet.expected[self.rank].source_rank == -1)
-        leaf = _leaf(self._on(sheet.xs[self.rank]))
-        idx, _ = self._routing(sheet)
-        out = self.buffer.dispatch(leaf, self._on(idx), layout=self.layout, align=self.align)
-        (d_x,) = torch.autograd.grad(out.x, leaf, self._on(mine))
+        (d_x,) = torch.autograd.grad(received, leaf_x, self._on(mine), retain_graph=True)
         should = self._combined(grads, sheet, False, None)
         self.checks.bitwise(d_x, should, f"round {round}: gradient of dispatch alone", lambda row: f"token {row}")
 

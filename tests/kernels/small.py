@@ -1,4 +1,4 @@
-"""The named cases with two fifths of their tokens: interpreting takes its time per row."""
+"""The named cases with three tenths of their tokens: interpreting takes its time per row."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from moecomm.testing.cases import CASES, Case
 def small(name: str) -> Case:
     """A named case, smaller."""
     case = CASES[name]
-    return dataclasses.replace(case, tokens=tuple(-(-2 * tokens // 5) for tokens in case.tokens))
+    return dataclasses.replace(case, tokens=tuple(-(-3 * tokens // 10) for tokens in case.tokens))
