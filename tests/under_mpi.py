@@ -23,7 +23,7 @@ from moecomm.testing import mpi, run_ranks
 LENDER = """
 import os, pickle, socket, sys, time
 with socket.socket(socket.AF_UNIX) as rank:
-    while rank.connect_ex(f"{sys.argv[1]}/{os.environ['PMI_RANK']}"):
+    while rank.connect_ex(f"\\0{sys.argv[1]}/{os.environ['PMI_RANK']}"):
         time.sleep(0.01)
     socket.send_fds(rank, [pickle.dumps(dict(os.environ))], [int(os.environ["PMI_FD"])])
 while os.path.isdir(sys.argv[1]):
@@ -71,7 +71,7 @@ def lenders(num_ranks: int, timeout_s: float) -> Iterator[str]:
 def play(rank: int, folder: str, finalize: bool, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """What runs on each forked rank."""
     with socket.socket(socket.AF_UNIX) as here:
-        here.bind(f"{folder}/{rank}")
+        here.bind(f"\0{folder}/{rank}")  # a name that is no file: other tests look for files that were left behind
         here.listen()
         here.settimeout(_START_S)
         lender, _ = here.accept()
