@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LINE_BYTES = 64
+LINE_BYTES = 64  # of a cache
 _RECYCLE_BYTES = 1 << 20  # smaller outputs are left to the allocator
 
 
@@ -26,8 +26,8 @@ def empty_rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.devi
     num_bytes = num_rows * width * dtype.itemsize
     if device.type != "cpu" or num_bytes < _RECYCLE_BYTES:
         return torch.empty(num_rows, width, dtype=dtype, device=device)
-    block = _recycled(num_bytes + _LINE_BYTES)
-    start = -block.ctypes.data % _LINE_BYTES  # numpy aligns to 16 bytes, and streaming wants whole lines
+    block = _recycled(num_bytes + LINE_BYTES)
+    start = -block.ctypes.data % LINE_BYTES  # numpy aligns to 16 bytes, and streaming wants whole lines
     part = block[start : start + num_bytes]  # dies with the last tensor over it
     weakref.finalize(part, _free_blocks.append, block).atexit = False
     return torch.from_numpy(part).view(dtype).view(num_rows, width)

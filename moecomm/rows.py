@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moecomm._compiled import compiled, why_not
+from moecomm.blocks import LINE_BYTES
 
 FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 DOT_LANES = 512  # partial sums of a row product
@@ -28,7 +29,6 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK_BYTES = 1 << 20  # the torch path works in pieces that stay in a cache
 _STREAM_BYTES = 2 << 20  # outputs of this size go past the caches (2 processes on a Zen 5 VM, November 2026)
 _SORT_ROWS = 4  # sort large copies by source, where there are at most so many source rows per entry
-_LINE_BYTES = 64
 _THREAD_BYTES = 1 << 20  # least work that is worth a thread of its own
 
 
@@ -277,6 +277,11 @@ def reduce_columns(out: Tensor, sources: Sequence[Tensor], table_PJ: Tensor) -> 
     >>> out.tolist()
     [[21.0], [10.0]]
     """
+    fits = table_PJ.shape == (len(out), len(sources)) and table_PJ.dtype == torch.int64
+    assert fits, f"table {_seen(table_PJ)} of {len(sources)} sources does not give {_seen(out)}"
+    for rows in sources:
+        alike = rows.shape[1] == out.shape[1] and rows.dtype == sources[0].dtype
+        assert alike, f"rows {_seen(rows)} beside {_seen(sources[0])} do not give {_seen(out)}"
     ends = torch.tensor([len(rows) for rows in sources])
     if (table_PJ >= ends).any():
         raise IndexError(f"reduce_columns: a table names a row that is not among the {ends.tolist()} of its column")
@@ -396,7 +401,7 @@ def _supported(jit: ModuleType, *tensors: Tensor | None) -> bool:
 
 def _streams(num_bytes: int, ptr: int, stride: int) -> bool:
     """Whether to write past the caches: a large output is read by another core, later."""
-    return num_bytes >= _STREAM_BYTES and ptr % _LINE_BYTES == 0 and stride % _LINE_BYTES == 0
+    return num_bytes >= _STREAM_BYTES and ptr % LINE_BYTES == 0 and stride % LINE_BYTES == 0
 
 
 def _run(kernel: Callable[..., int], count: int, num_bytes: int, *args: int) -> int:

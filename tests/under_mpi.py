@@ -54,18 +54,18 @@ def run_under_mpi(
 @contextlib.contextmanager
 def lenders(num_ranks: int, timeout_s: float) -> Iterator[str]:
     """Have mpiexec start what lends; nothing of it stays, nor what MPICH leaves where ranks did not end as usual."""
-    mpiexec, segments = mpi.mpiexec_path(), mpi._segments()
+    mpiexec = mpi.mpiexec_path()
     assert mpiexec is not None, mpi.mpi_missing()
     folder = tempfile.mkdtemp()
     command = [mpiexec, "-n", str(num_ranks), sys.executable, "-I", "-S", "-c", LENDER, folder]
     env = os.environ | {"MPIEXEC_TIMEOUT": f"{timeout_s + 2 * _START_S:.0f}"}
-    job = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-        job.wait(_START_S)
-        mpi._unlink_unheld(mpi._segments() - segments)
+    with mpi.segments_unlinked():
+        job = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+            job.wait(_START_S)
 
 
 def play(rank: int, folder: str, finalize: bool, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moecomm.testing.leaks import paths_held_by_others
@@ -41,6 +41,20 @@ def mpi_missing() -> str:
     if mpiexec_path() is None:
         return "there is no mpiexec beside the interpreter or on PATH: install mpich"
     return ""
+
+
+@contextlib.contextmanager
+def segments_unlinked() -> Iterator[None]:
+    """Remove what MPICH leaves in /dev/shm where ranks of the block, all ended by then, never came to `MPI_Finalize`.
+
+    >>> with segments_unlinked():
+    ...     pass
+    """
+    before = _segments()
+    try:
+        yield
+    finally:
+        _unlink_unheld(_segments() - before)
 
 
 def run_mpi(
@@ -82,8 +96,7 @@ def run_mpi(
     command = [mpiexec, *options, "-n", str(num_ranks), sys.executable, *arguments]
     variables = {"OMP_NUM_THREADS": "1", **os.environ, **(env or {}), mark: "1"}
     deadline = time.monotonic() + timeout_s
-    segments = _segments()
-    with tempfile.TemporaryFile() as log:
+    with segments_unlinked(), tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
         trouble = ""
         try:
@@ -101,7 +114,6 @@ def run_mpi(
         finally:
             _kill(mark)
             process.wait()
-            _unlink_unheld(_segments() - segments)
         log.seek(0)
         output = log.read().decode(errors="replace")
     if trouble:

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moecomm.blocks import LINE_BYTES
 from moecomm.transport.base import Exchange, Lane, Transport
-
-_ALIGN_BYTES = 64  # where rows begin behind their keys
 
 
 @final
@@ -50,4 +49,4 @@ class Yard:
 
     @staticmethod
     def _begin(num_rows: int) -> int:
-        return -(-4 * num_rows // _ALIGN_BYTES) * _ALIGN_BYTES
+        return -(-4 * num_rows // LINE_BYTES) * LINE_BYTES

@@ -1,8 +1,9 @@
 """Several nodes: each row crosses the slow link once per node, and is spread or summed inside the node.
 
 Handed three transports: `inside` moves rows between the ranks of a node, `between` moves blocks of rows between nodes,
-`control` compares what the ranks do and how much they send. The caller's thread plans and packs; one thread of this
-transport moves, operation after operation, so that a rank that is busy elsewhere still forwards what others wait for.
+`control` compares what the ranks do and how much they send. The caller's thread plans and packs, and also moves, if it
+waits at once and nothing is under way; else one thread of this transport moves, operation after operation, so that a
+rank that is busy elsewhere still forwards what others wait for.
 
 A lane that `repeats` goes to one rank of each node, its forwarder there, with the slots of its copies beside it; a lane
 to `merge` is summed by the forwarder; any other lane goes straight to its destination. Rows travel in blocks: while one
@@ -160,7 +161,7 @@ class HierarchicalTransport(Transport):
 
 @final
 class HierarchicalExchange(Exchange):
-    """One operation: filled here by the caller's thread, moved by the transport's."""
+    """One operation: filled by the caller's thread, moved by the same one in turns or by the transport's."""
 
     def __init__(
         self, transport: HierarchicalTransport, tag: str, lanes: Sequence[Lane], *, agreed: bool, ahead: Ahead | None
@@ -171,10 +172,9 @@ class HierarchicalExchange(Exchange):
             number: {} for number, lane in enumerate(lanes) if lane.repeats
         }
         assert not merging or (merging == [0] and not self._wanted), "only the first lane merges, and none repeats then"
-        self._yard = self._open_yard() if merging else None
-        self._staged = [None if lane.repeats else _staging(lane) for lane in lanes[len(merging) :]]
-        if merging:
-            self._staged.insert(0, _staging(lanes[0]) if self._yard is None else self._yard.rows)
+        # Not where an operation is under way: its exchanges inside the node come first, in the thread that moves.
+        self._yard = transport.guarded(self._open_yard) if merging and transport.is_idle else None
+        self._staged = [None if lane.repeats else self._staging(lane) for lane in lanes]
         self._bundle: Bundle | None = None
         self._ahead = ahead
         self._told = self._know_or_ask(agreed=agreed)
@@ -188,12 +188,15 @@ class HierarchicalExchange(Exchange):
             self._result = transport.move(lambda: self._moved(steps, fill)).result
 
     def _open_yard(self) -> Yard | None:
-        """Where mates read this rank's sums, if nothing that moves now stands before it, and no hop is checked."""
-        transport, lane = self._transport, self._lanes[0]
+        """Where mates read this rank's sums, unless every hop is checked."""
+        lane = self._lanes[0]
         assert lane.merge is not None
-        if lane.merge.open is not None or not transport.is_idle:
-            return None
-        return transport.guarded(lambda: Yard(transport.inside, self._tag, lane))
+        return None if lane.merge.open is not None else Yard(self._transport.inside, self._tag, lane)
+
+    def _staging(self, lane: Lane) -> Tensor:
+        if lane.merge is not None and self._yard is not None:
+            return self._yard.rows
+        return byte_rows(lane.num_sent, lane.row_bytes)
 
     def _know_or_ask(self, *, agreed: bool) -> Future[np.ndarray] | None:
         """What all ranks tell of their rows for each node; None: to be asked for once this rank knows its own."""
@@ -208,7 +211,7 @@ class HierarchicalExchange(Exchange):
             return told
         return None if self._wanted else transport.ask(self._tag, nothing[0])
 
-    # -- the caller's thread ---------------------------------------------------------------------------------------
+    # -- what fills ------------------------------------------------------------------------------------------------
 
     def sections(self, lane: Lane, rank: int) -> Iterator[tuple[int, slice]]:
         return sections(self._nodes, lane, self._fill.reach) if lane.merge else super().sections(lane, rank)
@@ -279,7 +282,7 @@ class HierarchicalExchange(Exchange):
             if len(index):
                 copy_rows(of_node[node][part], next(iter(put.values()))[0], index)
 
-    # -- the transport's thread ------------------------------------------------------------------------------------
+    # -- what moves ------------------------------------------------------------------------------------------------
 
     def _moved(self, steps: Generator[int, None, T], fill: Fill) -> T:
         """Go through steps, waiting until the caller's thread has filled what each of them needs."""
@@ -305,11 +308,10 @@ class HierarchicalExchange(Exchange):
     def _merge_and_spread(self) -> Generator[int, None, list[Tensor]]:
         """Move a lane that merges, then what comes with it."""
         transport, nodes, lane = self._transport, self._nodes, self._lanes[0]
-        assert self._told is not None and lane.merge is not None, "asked for at once"
+        assert self._told is not None, "asked for at once"
         rows, counters = self._rows_staged(0), transport.counters
         merger = Merger(nodes, transport.inside, transport.between, self._tag, lane, rows, counters)
-        if self._yard is None and lane.merge.open is None:
-            self._yard = Yard(transport.inside, self._tag, lane)
+        self._yard = self._yard or self._open_yard()
         summed = yield from merger.run(self._told, self._yard)
         if len(self._lanes) == 1:
             return [summed]
@@ -325,7 +327,3 @@ def keep(exchange: Exchange, outputs: list[Tensor]) -> list[Tensor]:
     kept[largest] = exchange.own(largest)
     exchange.release()
     return kept
-
-
-def _staging(lane: Lane) -> Tensor:
-    return byte_rows(int(lane.send_counts.sum()), lane.row_bytes)
