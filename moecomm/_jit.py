@@ -149,13 +149,20 @@ def finish(fn: ir.Function, b: ir.IRBuilder, streaming: bool = False) -> Kernel:
         b.fence("seq_cst")  # streamed stores wait for nobody; what the caller signals next must come after them
     if not b.block.is_terminated:
         b.ret(i64(-1))
-    module, machine = llvm.parse_assembly(str(fn.module)), _machine()
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-    passes = llvm.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(module, passes)
-    engine = llvm.create_mcjit_compiler(module, machine)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code(str(fn.module))))  # see `shared_code`
     engine.finalize_object()
     _alive.append(engine)
     prototype = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(fn.args))
     return prototype(engine.get_function_address(fn.name))
+
+
+def machine_code(text: str) -> bytes:
+    """The object file of a module."""
+    module, machine = llvm.parse_assembly(text), _machine()
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    code: bytes = machine.emit_object(module)
+    return code

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moecomm import reference
 from moecomm.errors import CapacityError, StaleHandleError, UnsupportedError
-from moecomm.quant import QuantSpec, dequantize, quantize
-from moecomm.testing._trial import Checks, Sheet, Trial, returning_to, values
+from moecomm.quant import QuantSpec
+from moecomm.testing._oracle import Sheet, quantised, values
+from moecomm.testing._trial import Checks, Trial
 
 _OUT_SPECS = (
     None,
@@ -28,12 +29,12 @@ _HOME_SPECS = (None, "logfmt10", None, "fp8", None, "int8")
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A dispatch that has been checked. places: (N,) row of each received row in (L * W * M)."""
+    """A dispatch that has been checked. places: (N,) row of each row that this rank received in (L * W * M)."""
 
     round: int
     handle: Any
     sheet: Sheet
-    places: list[Tensor]
+    places: Tensor
 
 
 class PaddedTrial:
@@ -127,30 +128,25 @@ class PaddedTrial:
             given["out"] = self._on(torch.empty(self._shape(self.case.hidden), dtype=self.case.dtype))
         self.trial.be_late(round)
         x = self._payload(self._on(sheet.xs[rank].clone()), sheet)
-        out = self.buffer.dispatch_async(x, **given).wait() if round % 2 else self.buffer.dispatch(x, **given)
-        places = [self._places(r, sheet) for r in range(self.trial.world_size)]
-        self._compare(out, sheet, spec, places[rank], what)
-        return Sent(round, out.handle, sheet, places)
-
-    def _places(self, rank: int, sheet: Sheet) -> Tensor:
-        """Row in (L * W * M) of each row that a rank receives, in the oracle's order."""
-        return reference.padded_places(sheet.expected[rank], self.trial.world_size, self.most)[0]
-
-    def _compare(self, out: Any, sheet: Sheet, spec: QuantSpec | None, places: Tensor, what: str) -> None:
-        should = sheet.expected[self.trial.rank]
-        _, ranges = reference.padded_places(should, self.trial.world_size, self.most)
+        out: Any = self.buffer.dispatch_async(x, **given).wait() if round % 2 else self.buffer.dispatch(x, **given)
+        should = sheet.expected[rank]
+        places, ranges = reference.padded_places(should, self.trial.world_size, self.most)
         self.checks.bitwise(out.ranges.cpu(), ranges, f"{what}: ranges")
         self.checks.bitwise(out.expert_counts_L.cpu(), should.tokens_per_expert, f"{what}: expert_counts_L")
         wanted = [should.x] if should.scales is None else [should.x, should.scales]
         if spec is not None:
-            wanted = list(quantize(should.x, spec))
-        parts = [out.x] if isinstance(out.x, Tensor) else list(out.x)
+            wanted = quantised(self.case, self.trial.world_size, rank, round, replayed is not None, spec)
+            if spec.column_major and out.x[1].numel():
+                self.checks.equal(out.x[1].stride(1), 1, f"{what}: stride of scales from row to row")
+        self._compare(out.x, wanted, places, what)
+        return Sent(round, out.handle, sheet, places)
+
+    def _compare(self, x: Any, wanted: list[Tensor], places: Tensor, what: str) -> None:
+        parts = [x] if isinstance(x, Tensor) else list(x)
         for name, part, rows in zip(("x", "scales")[: len(wanted)], parts, wanted, strict=True):
             came = part.view(torch.uint8) if part.itemsize == 1 else part  # of which torch has no index operator
             rows = rows.view(torch.uint8) if part.itemsize == 1 else rows
             self.checks.bitwise(came.cpu().flatten(0, 1)[places], rows, f"{what}: {name}")
-        if spec is not None and spec.column_major and parts[1].numel():
-            self.checks.equal(parts[1].stride(1), 1, f"{what}: stride of scales from row to row")
 
     def combine(self, sent: Sent, variant: int) -> None:
         """Combine made-up expert rows; `variant` chooses weights, bias, memory, format and the kind of call."""
@@ -161,9 +157,9 @@ class PaddedTrial:
             return
         spec = _HOME_SPECS[variant % len(_HOME_SPECS)] if self.quantises else None
         what = f"round {sent.round}: padded combine, variant {variant}, quant {spec}"
-        rows = [values(self.case, "rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(sheet.expected)]
-        tokens = len(sheet.xs[rank])
-        bias = values(self.case, "bias", rank, sent.round + variant, tokens) if variant % 2 else None
+        tokens, seed = len(sheet.xs[rank]), sent.round + variant
+        rows = values(self.case, "rows", rank, seed, len(sheet.expected[rank].x))
+        bias = values(self.case, "bias", rank, seed, tokens) if variant % 2 else None
         weighted = (None, True, False)[variant % 3]
         if spec is not None and spec == "logfmt10" and self.by_kernels:
             raw = self._on(torch.zeros(self._shape(self.case.hidden), dtype=self.case.combine_dtype))
@@ -174,7 +170,7 @@ class PaddedTrial:
             mine = self.buffer.combine_input(sent.handle)
         else:
             mine = self._on(torch.empty(self._shape(self.case.hidden), dtype=self.case.combine_dtype))
-        mine.fill_(float("nan")).flatten(0, 1)[self._on(sent.places[rank])] = self._on(rows[rank])
+        mine.fill_(float("nan")).flatten(0, 1)[self._on(sent.places)] = self._on(rows)
         y = self._on(torch.empty(tokens, self.case.hidden, dtype=self.case.combine_dtype)) if variant % 5 == 3 else None
         start = None if bias is None else self._on(bias.clone())
         self.trial.be_late(variant)
@@ -185,11 +181,5 @@ class PaddedTrial:
             came = self.buffer.combine(mine, sent.handle, **given)
         if y is not None:
             self.checks.equal(came.data_ptr(), y.data_ptr(), f"{what}: where the result lies")
-        if spec is not None:
-            rows = [dequantize(*quantize(part, spec), torch.float32, self.case.hidden) for part in rows]
-        kept, tables = returning_to(rank, rows, sheet)
-        biases = [bias if r == rank and bias is not None else torch.zeros(0) for r in range(self.trial.world_size)]
-        should = reference.combine(
-            kept, tables, reduce="source", weighted=weighted, biases=None if bias is None else biases
-        )[rank]
-        self.checks.bitwise(came.cpu(), should.to(came.dtype), what, origin=lambda row: f"token {row}")
+        should = self.trial.expected("rows", sent.round, seed, weighted=weighted, has_bias=bias is not None, quant=spec)
+        self.checks.bitwise(came.cpu(), should, what, origin=lambda row: f"token {row}")

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any, Protocol
 
+from moecomm.shared_code import share
+
 # Variables that are read once, by the interpreter or by a library that is loaded.
 _LIBRARIES = "LD DYLD PYTHON OMP KMP GOMP MKL OPENBLAS MALLOC GLIBC TORCH PYTORCH ATEN TRITON CUDA HIP LLVM"
 _READ_AT_START = tuple(_LIBRARIES.split())
@@ -260,6 +262,7 @@ def _warm_up(modules: list[str]) -> None:
     torch.set_num_threads(1)
     if torch.version.cuda is not None or torch.version.hip is not None:
         return
+    share()
     if "triton" in modules and importlib.import_module("triton").knobs.runtime.interpret:
         _train(torch.bfloat16, "local")
         return

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecomm import reference
 from moecomm.errors import CapacityError, UnsupportedError
-from moecomm.quant import QuantSpec, dequantize, quantize
-from moecomm.testing._trial import Trial, returning_to, values
+from moecomm.quant import QuantSpec, quantize
+from moecomm.testing._oracle import values
+from moecomm.testing._trial import Trial
 
 _SPECS = (
     QuantSpec(),
@@ -50,15 +50,13 @@ def _combine(trial: Trial, round: int, handle: Any, spec: QuantSpec) -> None:
     """Rows that go home one by one, quantised on the way."""
     sheet, case = trial.sheet(round), trial.case
     what = f"round {round}: combine, quant {spec}"
-    rows = [values(case, "rows", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
-    mine = rows[trial.rank].clone().to(trial.device)
+    mine = values(case, "rows", trial.rank, round, len(sheet.expected[trial.rank].x)).clone().to(trial.device)
     if trial.by_kernels:
         trial.checks.refused(lambda: trial.buffer.combine(mine, handle, quant=spec), UnsupportedError, what)
         return
     y = trial.buffer.combine(mine, handle, quant=spec)
-    went = [dequantize(*quantize(part, spec), torch.float32, case.hidden) for part in rows]
-    should = reference.combine(*returning_to(trial.rank, went, sheet), reduce="source")[trial.rank]
-    trial.checks.bitwise(y, should.to(y.dtype), what, origin=lambda row: f"token {row}")
+    should = trial.expected("rows", round, round, weighted=None, quant=spec)
+    trial.checks.bitwise(y, should, what, origin=lambda row: f"token {row}")
 
 
 def _bytes(tensor: Tensor) -> Tensor:

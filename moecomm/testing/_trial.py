@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,18 +13,26 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 import moecomm
-from moecomm import reference
 from moecomm.errors import MoECommError, UnsupportedError
 from moecomm.memory.device import moves_by_kernels
-from moecomm.reference import ReferenceDispatched
+from moecomm.testing._oracle import (
+    Sheet,
+    Sum,
+    expected_sum,
+    expert_fn,
+    gradients_in_one_process,
+    leaf,
+    replayed_sheet,
+    rows_at,
+    sheet_of,
+    values,
+)
 from moecomm.testing.asserts import assert_bitwise, assert_error_bounded
 from moecomm.testing.cases import Case
-from moecomm.testing.provenance import provenance_rows
 
 _DELAY_S = 0.0005  # longer than a signal takes, shorter than an operation
-_REPLAY_ROUND = 50  # payloads of replays come from rounds far from those of dispatches
 _POISON_BYTE = 255  # NaN in every floating dtype
-_ROUNDINGS = 5  # of a term of a gradient: times its weight, the three of `_expert`, one where it goes home
+_ROUNDINGS = 5  # of a term of a gradient: times its weight, the three of `expert_fn`, one where it goes home
 
 
 class Checks:
@@ -65,75 +73,6 @@ class Checks:
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
-    """What all ranks put in, and what each should get."""
-
-    xs: list[Tensor]
-    scales: list[Tensor] | None
-    topk_idxs: list[Tensor]
-    topk_weights: list[Tensor] | None
-    expected: list[ReferenceDispatched]
-
-
-@functools.lru_cache(maxsize=64)  # the same for each way to reduce, and for layouts "expert" and "padded" without align
-def _sheet(case: Case, world_size: int, layout: str, align: int, round: int) -> Sheet:
-    ranks = range(world_size)
-    xs = [case.payload(r, round) for r in ranks]
-    routings = [case.routing(r, round, world_size) for r in ranks]
-    topk_idxs = [idx for idx, _ in routings]
-    topk_weights = [w for _, w in routings if w is not None] or None
-    scales = [s for s in (case.scales(r, round) for r in ranks) if s is not None] or None
-    placement = case.placement(world_size)
-    expected = reference.dispatch(
-        xs, topk_idxs, topk_weights, placement=placement, layout=layout, align=align, scales=scales
-    )
-    return Sheet(xs, scales, topk_idxs, topk_weights, expected)
-
-
-@functools.lru_cache(maxsize=64)
-def _replayed_sheet(case: Case, world_size: int, layout: str, align: int, round: int) -> Sheet:
-    """The same routing with the payload of another round: the same rows at the same places."""
-    sheet = _sheet(case, world_size, layout, align, round)
-    numbers = enumerate(sheet.xs)
-    xs = [provenance_rows(r, len(x), case.hidden, case.dtype, round + _REPLAY_ROUND) for r, x in numbers]
-    expected = [replace(table, x=rows_at(table, xs)) for table in sheet.expected]
-    return replace(sheet, xs=xs, expected=expected)
-
-
-def rows_at(table: ReferenceDispatched, xs: list[Tensor]) -> Tensor:
-    """What a rank receives where these rows are sent by the same routing; zero in padding."""
-    origins = zip(table.source_rank.tolist(), table.source_token.tolist(), strict=True)
-    rows = [torch.zeros_like(table.x[0]) if rank == -1 else xs[rank][token] for rank, token in origins]
-    return torch.stack(rows) if rows else table.x
-
-
-def returning_to(rank: int, rows: list[Tensor], sheet: Sheet) -> tuple[list[Tensor], list[ReferenceDispatched]]:
-    """The rows of this rank's tokens: nothing else has a part in what comes back to it, so the oracle can skip it."""
-    kept, tables = [], []
-    for rows_of_rank, table in zip(rows, sheet.expected, strict=True):
-        mine = table.source_rank == rank
-        kept.append(rows_of_rank[mine])
-        tables.append(
-            replace(
-                table,
-                x=table.x[mine],
-                row_weights=None if table.row_weights is None else table.row_weights[mine],
-                source_rank=table.source_rank[mine],
-                source_token=table.source_token[mine],
-                source_k=table.source_k[mine],
-                tokens_of_rank=tuple(t if r == rank else 0 for r, t in enumerate(table.tokens_of_rank)),
-            )
-        )
-    return kept, tables
-
-
-@functools.lru_cache(maxsize=512)  # the same for each layout, each way to reduce, and each transport
-def values(case: Case, purpose: str, rank: int, round: int, num_rows: int, octaves: int = 6) -> Tensor:
-    """Shared: to be cloned before anything under test may write to it."""
-    return case.values(purpose, rank, round, num_rows, octaves=octaves)
-
-
-@dataclass(frozen=True, slots=True)
 class Sent:
     """A dispatch that has been checked, to be combined now or later."""
 
@@ -154,19 +93,19 @@ class Trial:
         self.sums = buffer.config.dtype == case.combine_dtype
         self.has_gradients = case.dtype == case.combine_dtype and not case.extreme
         self.by_kernels = buffer.transport == "symmetric" and moves_by_kernels(buffer.config.device)
-        self.node_of_rank: list[int] | None = None
+        self.node_of_rank: tuple[int, ...] | None = None
         if buffer.transport == "hierarchical":
             nodes = range(buffer.topology.num_nodes)
-            self.node_of_rank = [
+            self.node_of_rank = tuple(
                 n for r in range(self.world_size) for n in nodes if r in buffer.topology.ranks_of_node(n)
-            ]
+            )
         self.kept: list[tuple[str, Tensor, Tensor]] = []
         self.num_compared = 0
 
     def sheet(self, round: int, replayed: bool = False) -> Sheet:
         """Inputs and expected outputs of a round, with its own payload or with that of a replay."""
         layout = "expert" if self.layout == "padded" else self.layout  # the same rows, at other places
-        make = _replayed_sheet if replayed else _sheet
+        make = replayed_sheet if replayed else sheet_of
         return make(self.case, self.world_size, layout, self.align, round)
 
     def dispatch(self, round: int) -> Sent:
@@ -203,9 +142,10 @@ class Trial:
             return
         what = f"round {sent.round}: combine, variant {variant}"
         weighted = (None, True, False)[variant % 3]
-        rows = [values(self.case, "rows", r, sent.round + variant, len(e.x)) for r, e in enumerate(expected)]
-        bias = values(self.case, "bias", self.rank, sent.round + variant, tokens) if variant % 2 else None
-        mine = _poisoned(rows[self.rank], expected[self.rank].source_rank == -1)
+        seed = sent.round + variant
+        bias = values(self.case, "bias", self.rank, seed, tokens) if variant % 2 else None
+        table = expected[self.rank]
+        mine = _poisoned(values(self.case, "rows", self.rank, seed, len(table.x)), table.source_rank == -1)
         before = mine.clone()
         if self.layout == "rank" and weighted:
             call = self.buffer.combine
@@ -221,7 +161,7 @@ class Trial:
         self.checks.bitwise(mine, before, f"{what}: the rows given to combine")
         if bias is not None and start is not None:
             self.checks.bitwise(start, bias, f"{what}: the bias given to combine")
-        should = self._combined(rows, sent.sheet, weighted, bias)
+        should = self.expected("rows", sent.round, seed, weighted=weighted, has_bias=bias is not None)
         self.checks.bitwise(y, should, what, origin=lambda row: f"token {row}")
         self.kept.append((what, y, should))
 
@@ -235,7 +175,7 @@ class Trial:
         idx, weights = self._routing(sheet)
         dys = [values(self.case, "dy", r, round, len(sheet.xs[r]), 0) for r in range(self.world_size)]
         bias = values(self.case, "bias", self.rank, round, num_tokens, 0)
-        leaf_x, leaf_bias, leaf_weights = _leaf(self._on(x)), _leaf(self._on(bias)), _leaf(self._on(weights))
+        leaf_x, leaf_bias, leaf_weights = leaf(self._on(x)), leaf(self._on(bias)), leaf(self._on(weights))
 
         out = self.buffer.dispatch(leaf_x, self._on(idx), leaf_weights, layout=self.layout, align=self.align)
         self._backward_of_dispatch(out.x, leaf_x, round, sheet)
@@ -247,7 +187,7 @@ class Trial:
         self.checks.bitwise(d_bias, dys[self.rank], f"{what} of bias")
         self.checks.bitwise(d_rows, self._gradient_of_rows(dys, sheet), f"{what} of the expert rows")
         names = ("x", "topk_weights") if weights is not None else ("x",)
-        alone = functools.partial(_gradients_in_one_process, self.case, self.world_size, self.rank, round)
+        alone = functools.partial(gradients_in_one_process, self.case, self.world_size, self.rank, round)
         exact, magnitude, plain = alone(torch.float64), alone(torch.float64, True), alone(self.case.dtype)
         roundings = _ROUNDINGS + (self.case.top_k if self.case.dtype == torch.float32 else 1)  # where it is added
         for i, (name, actual) in enumerate(zip(names, (d_x, *d_weights), strict=True)):
@@ -256,10 +196,10 @@ class Trial:
 
     def _backward_of_dispatch(self, received: Any, leaf_x: Tensor, round: int, sheet: Sheet) -> None:
         """The backward of dispatch alone is an unweighted combine, bit for bit; its graph stays for the whole layer."""
-        grads = [values(self.case, "grad", r, round, len(e.x)) for r, e in enumerate(sheet.expected)]
-        mine = _poisoned(grads[self.rank], sheet.expected[self.rank].source_rank == -1)
+        table = sheet.expected[self.rank]
+        mine = _poisoned(values(self.case, "grad", self.rank, round, len(table.x)), table.source_rank == -1)
         (d_x,) = torch.autograd.grad(received, leaf_x, self._on(mine), retain_graph=True)
-        should = self._combined(grads, sheet, False, None)
+        should = self.expected("grad", round, round, weighted=False)
         self.checks.bitwise(d_x, should, f"round {round}: gradient of dispatch alone", lambda row: f"token {row}")
 
     def _gradient_of_rows(self, dys: list[Tensor], sheet: Sheet) -> Tensor:
@@ -276,14 +216,14 @@ class Trial:
         held = self.placement.experts_of_rank[self.rank]
         if out.expert_offsets is not None:
             ends = [0, *out.expert_offsets.tolist()]
-            groups = [_expert(out.x[a:b], e) for e, a, b in zip(held, ends, ends[1:], strict=False)]
+            groups = [expert_fn(out.x[a:b], e) for e, a, b in zip(held, ends, ends[1:], strict=False)]
             return torch.cat([out.x[:0], *groups])
         assert out.topk_idx is not None and out.topk_weights is not None
         rows = out.x.float()  # one rounding per row, as in a kernel: the sum over local experts is not under test
         total = rows * 0
         for local, expert in enumerate(held):
             weight = (out.topk_weights * (out.topk_idx == local)).sum(dim=1, keepdim=True)
-            total = total + weight * _expert(rows, expert)
+            total = total + weight * expert_fn(rows, expert)
         return total.to(out.x.dtype)
 
     def _compare(self, out: moecomm.Dispatched, sheet: Sheet, what: str) -> None:
@@ -323,16 +263,24 @@ class Trial:
         for what, actual, expected in self.kept:
             self.checks.bitwise(actual, expected, f"{what}, looked at again after the last round")
 
-    def _combined(self, rows: list[Tensor], sheet: Sheet, weighted: bool | None, bias: Tensor | None) -> Tensor:
-        returning, tables = returning_to(self.rank, rows, sheet)
-        return reference.combine(
-            returning,
-            tables,
-            reduce=self.reduce,
-            weighted=weighted,
-            biases=None if bias is None else [bias] * self.world_size,
-            node_of_rank=self.node_of_rank,
-        )[self.rank]
+    def expected(self, purpose: str, round: int, seed: int, **given: Any) -> Tensor:
+        """What a combine must give to this rank's tokens, see `Sum`."""
+        in_slots = self.layout == "padded"  # the rows of layout "expert", which go home one by one
+        reduce = "source" if in_slots else self.reduce
+        of = Sum(
+            case=self.case,
+            world_size=self.world_size,
+            rank=self.rank,
+            layout="expert" if in_slots else self.layout,
+            align=self.align,
+            round=round,
+            purpose=purpose,
+            seed=seed,
+            reduce=reduce,
+            node_of_rank=self.node_of_rank if reduce == "rank" else None,
+            **given,
+        )
+        return expected_sum(of)
 
     def _routing(self, sheet: Sheet) -> tuple[Tensor, Tensor | None]:
         """Copies, so that whatever is done to them does not reach the oracle's."""
@@ -349,36 +297,6 @@ class Trial:
         """Another rank is late each time: peers must wait for it, and must not be disturbed by it."""
         if self.rank == round % self.world_size and self.world_size > 1:
             time.sleep(_DELAY_S)
-
-
-def _expert(rows: Tensor, expert: int) -> Tensor:
-    """A different function for each expert, row by row, with a gradient that depends on the row."""
-    return rows * (1 + expert / 8) + rows.abs() / 2
-
-
-@functools.lru_cache(maxsize=32)  # the same for each layout and each way to reduce
-def _gradients_in_one_process(
-    case: Case, world_size: int, rank: int, round: int, dtype: torch.dtype, magnitudes: bool = False
-) -> tuple[Tensor, ...]:
-    """Gradients of x and, where there are weights, of these; other ranks' tokens have no part in them.
-
-    With `magnitudes` nothing cancels: every input is positive, and so are the experts' derivatives.
-    """
-    num_tokens = case.num_tokens(rank, round)
-    x, bias, dy = (values(case, name, rank, round, num_tokens, 0).to(dtype) for name in ("x", "bias", "dy"))
-    idx, weights = case.routing(rank, round, world_size)
-    if magnitudes:
-        x, bias, dy, weights = x.abs(), bias.abs(), dy.abs(), None if weights is None else weights.abs()
-    leaves = [_leaf(x)] + ([] if weights is None else [_leaf(weights.to(torch.promote_types(dtype, weights.dtype)))])
-    # The bias connects y to the graph also where no token has an expert.
-    y = reference.moe(leaves[:1], [idx], leaves[1:] or None, _expert, biases=[_leaf(bias)])[0]
-    if not y.requires_grad:
-        return tuple(torch.zeros_like(leaf) for leaf in leaves)
-    return torch.autograd.grad(y, leaves, dy, allow_unused=True, materialize_grads=True)
-
-
-def _leaf(tensor: Any) -> Any:
-    return None if tensor is None else tensor.detach().clone().requires_grad_()
 
 
 def _embed(x: Tensor, round: int) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "quant",
             "_compiled",
             "_jit",
+            "shared_code",
             "_rows_jit",
             "_quant_jit",
             "_tags_jit",
