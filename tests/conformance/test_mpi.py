@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moecomm.testing import CASES
 from moecomm.testing.mpi import mpi_missing, run_mpi
+from tests.conformance.test_conformance import main
+from tests.under_mpi import run_under_mpi
 
-SUITE = Path(__file__).with_name("test_conformance.py")
 LARGE = Path(__file__).with_name("_large_payload.py")
 NUM_RANDOM = 4
 ROUNDS = 4  # each layout and way to reduce once, and one of them after the others
 SIZES = "4+3,1+2,2"  # one start for all: two groups of two share the cases
 
 
+def run_suite(world: Any, options: list[str]) -> tuple[int, str]:
+    """On a rank: what `main` returns, and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        return main(options), said.getvalue()
+
+
 @functools.cache
 def output() -> str:
     """What the job prints: a line of each group."""
     options = ["--transport", "mpi", "--random", str(NUM_RANDOM), "--rounds", str(ROUNDS), "--sizes", SIZES]
-    arguments = ["-m", "mpi4py", str(SUITE), *options]
-    done = run_mpi(arguments, 4, timeout_s=840)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    results = run_under_mpi(run_suite, 4, options, timeout_s=840)
+    said = "".join(said for _, said in results)
+    assert [failed for failed, _ in results] == [0] * 4, said
+    return said
 
 
 @pytest.mark.skipif(bool(mpi_missing()), reason=mpi_missing())
