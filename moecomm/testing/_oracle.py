@@ -32,20 +32,24 @@ class Sheet:
     expected: list[ReferenceDispatched]
 
 
+@functools.lru_cache(maxsize=32)  # the same for each layout
+def _inputs(case: Case, world_size: int, round: int) -> dict[str, Any]:
+    ranks = range(world_size)
+    routings = [case.routing(r, round, world_size) for r in ranks]
+    return {
+        "xs": [case.payload(r, round) for r in ranks],
+        "scales": [s for s in (case.scales(r, round) for r in ranks) if s is not None] or None,
+        "topk_idxs": [idx for idx, _ in routings],
+        "topk_weights": [w for _, w in routings if w is not None] or None,
+    }
+
+
 @functools.lru_cache(maxsize=64)  # the same for each way to reduce, and for layouts "expert" and "padded" without align
 def sheet_of(case: Case, world_size: int, layout: str, align: int, round: int) -> Sheet:
     """A round of a case."""
-    ranks = range(world_size)
-    xs = [case.payload(r, round) for r in ranks]
-    routings = [case.routing(r, round, world_size) for r in ranks]
-    topk_idxs = [idx for idx, _ in routings]
-    topk_weights = [w for _, w in routings if w is not None] or None
-    scales = [s for s in (case.scales(r, round) for r in ranks) if s is not None] or None
-    placement = case.placement(world_size)
-    expected = reference.dispatch(
-        xs, topk_idxs, topk_weights, placement=placement, layout=layout, align=align, scales=scales
-    )
-    return Sheet(xs, scales, topk_idxs, topk_weights, expected)
+    inputs = _inputs(case, world_size, round)
+    expected = reference.dispatch(**inputs, placement=case.placement(world_size), layout=layout, align=align)
+    return Sheet(**inputs, expected=expected)
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,24 +69,29 @@ def rows_at(table: ReferenceDispatched, xs: list[Tensor]) -> Tensor:
     return torch.stack(rows) if rows else table.x
 
 
-def returning_to(rank: int, rows: list[Tensor], sheet: Sheet) -> tuple[list[Tensor], list[ReferenceDispatched]]:
-    """The rows of this rank's tokens: nothing else has a part in what comes back to it, so the oracle can skip it."""
-    kept, tables = [], []
-    for rows_of_rank, table in zip(rows, sheet.expected, strict=True):
-        mine = table.source_rank == rank
-        kept.append(rows_of_rank[mine])
-        tables.append(
-            replace(
-                table,
-                x=table.x[mine],
-                row_weights=None if table.row_weights is None else table.row_weights[mine],
-                source_rank=table.source_rank[mine],
-                source_token=table.source_token[mine],
-                source_k=table.source_k[mine],
-                tokens_of_rank=tuple(t if r == rank else 0 for r, t in enumerate(table.tokens_of_rank)),
-            )
+@functools.lru_cache(maxsize=64)
+def _returning(
+    case: Case, world_size: int, layout: str, align: int, round: int, rank: int
+) -> tuple[list[Tensor], list[ReferenceDispatched]]:
+    """Which rows of each rank are of this rank's tokens, and the tables of these rows.
+
+    Nothing else has a part in what comes back to it, so the oracle can skip it.
+    """
+    sheet = sheet_of(case, world_size, layout, align, round)
+    which = [table.source_rank == rank for table in sheet.expected]
+    tables = [
+        replace(
+            table,
+            x=table.x[mine],
+            row_weights=None if table.row_weights is None else table.row_weights[mine],
+            source_rank=table.source_rank[mine],
+            source_token=table.source_token[mine],
+            source_k=table.source_k[mine],
+            tokens_of_rank=tuple(t if r == rank else 0 for r, t in enumerate(table.tokens_of_rank)),
         )
-    return kept, tables
+        for mine, table in zip(which, sheet.expected, strict=True)
+    ]
+    return which, tables
 
 
 @functools.lru_cache(maxsize=512)  # the same for each layout, each way to reduce, and each transport
@@ -113,16 +122,17 @@ class Sum:
 @functools.lru_cache(maxsize=256)  # the same on each transport
 def expected_sum(of: Sum) -> Tensor:
     """What the oracle says of it: (T, H). Shared: only to be compared with."""
-    sheet = sheet_of(of.case, of.world_size, of.layout, of.align, of.round)
-    rows = [values(of.case, of.purpose, r, of.seed, len(table.x)) for r, table in enumerate(sheet.expected)]
-    if of.quant is not None:
-        rows = [dequantize(*quantize(part, of.quant), torch.float32, of.case.hidden) for part in rows]
-    returning, tables = returning_to(of.rank, rows, sheet)
+    which, tables = _returning(of.case, of.world_size, of.layout, of.align, of.round, of.rank)
+    rows = [values(of.case, of.purpose, r, of.seed, len(mine))[mine] for r, mine in enumerate(which)]
+    if of.quant is not None:  # each row by itself
+        together = dequantize(*quantize(torch.cat(rows), of.quant), torch.float32, of.case.hidden)
+        rows = list(together.split([len(part) for part in rows]))
     biases = None
     if of.has_bias:
-        biases = [values(of.case, "bias", of.rank, of.seed, len(sheet.xs[of.rank]))] * of.world_size
+        num_tokens = tables[0].tokens_of_rank[of.rank]
+        biases = [values(of.case, "bias", of.rank, of.seed, num_tokens)] * of.world_size
     given: dict[str, Any] = {"reduce": of.reduce, "weighted": of.weighted, "node_of_rank": of.node_of_rank}
-    return reference.combine(returning, tables, **given, biases=biases)[of.rank].to(of.case.combine_dtype)
+    return reference.combine(rows, tables, **given, biases=biases)[of.rank].to(of.case.combine_dtype)
 
 
 @functools.lru_cache(maxsize=64)  # the same on each transport
@@ -147,7 +157,8 @@ def gradients_in_one_process(
     """
     num_tokens = case.num_tokens(rank, round)
     x, bias, dy = (values(case, name, rank, round, num_tokens, 0).to(dtype) for name in ("x", "bias", "dy"))
-    idx, weights = case.routing(rank, round, world_size)
+    inputs = _inputs(case, world_size, round)
+    idx, weights = inputs["topk_idxs"][rank], None if inputs["topk_weights"] is None else inputs["topk_weights"][rank]
     if magnitudes:
         x, bias, dy, weights = x.abs(), bias.abs(), dy.abs(), None if weights is None else weights.abs()
     leaves = [leaf(x)] + ([] if weights is None else [leaf(weights.to(torch.promote_types(dtype, weights.dtype)))])
