@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ import moecomm
 from moecomm.nn import ExpertParallel, GroupedExperts
 from moecomm.testing import RankPool
 
+assert torch._dynamo  # what DTensor and FSDP take long to import: forked ranks have what this process has
 BOUND = 1e-5  # largest relative difference in float32
 
 

@@ -1,10 +1,15 @@
-"""Hugging Face models spread by `expert_parallel` and through `register`: the same model as before, and refusals."""
+"""Hugging Face models spread by `expert_parallel` and through `register`: the same model as before.
+
+All in one file: a worker of pytest that has the transformers in its ranks has paid for them.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 import importlib.util
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from moecomm.integrations.transformers import expert_parallel
-from moecomm.testing import RankPool
+from moecomm.testing import RankPool, assert_error_bounded
 from tests.integrations._models import (
     FAMILIES,
     RANKS,
@@ -25,6 +30,7 @@ from tests.integrations._models import (
     tokens,
     worst_gradient,
 )
+from tests.integrations._ways import BOUND, at_odd_times, example, in_bfloat16, loaded, on_meta, page, trained
 
 pytestmark = [
     pytest.mark.timeout(400),
@@ -33,7 +39,6 @@ pytestmark = [
         reason="transformers and accelerate are not installed (pip install 'moecomm[hf]')",
     ),
 ]
-BOUND = 1e-5
 NEW_TOKENS = 5
 
 
@@ -128,8 +133,8 @@ def rows_sent(model: Any) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_the_model_it_was(ranks: RankPool, family: str) -> None:
-    results = ranks.run(spread, family)
+def test_a_family_is_the_model_it_was(hf_ranks: RankPool, family: str) -> None:
+    results = hf_ranks.run(spread, family)
     for rank, result in enumerate(results):
         for name, value in result.items():
             if "logits" in name or name.startswith(("loaded", "shares")):
@@ -141,3 +146,65 @@ def test_a_family_is_the_model_it_was(ranks: RankPool, family: str) -> None:
         assert held == pytest.approx(fair, rel=0.02), (rank, held)
     everywhere, shares = (sum(result["rows"][i] for result in results) for i in range(2))
     assert shares * RANKS == everywhere, "each rank sends its share of the batch only"
+
+
+# -- other ways to it -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "implementation"),
+    [
+        ("olmoe", {"fsdp_size": 4, "ep_size": 4}, None),
+        ("gpt_oss", {"fsdp_size": 4, "ep_size": 2}, "eager"),  # two copies of each expert, halved by FSDP
+        ("qwen3_moe", {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}, "batched_mm"),
+    ],
+)
+def test_from_pretrained_just_works(
+    hf_ranks: RankPool, tmp_path: Path, family: str, sizes: dict[str, int], implementation: str | None
+) -> None:
+    for result in hf_ranks.run(loaded, str(tmp_path), family, sizes, implementation):
+        assert result["logits"] <= BOUND and result["gradients"] <= BOUND, result
+        assert result["generates"] and result["saved"], result
+        assert result["held"] == pytest.approx(0.25, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss"])
+def test_bfloat16_is_as_exact_as_unsharded(hf_ranks: RankPool, family: str) -> None:
+    for name, (got, baseline, exact) in hf_ranks.run(in_bfloat16, family)[1].items():
+        assert_error_bounded(got, baseline, exact, name)
+
+
+def test_meta_and_save_pretrained(hf_ranks: RankPool, tmp_path: Path) -> None:
+    for result in hf_ranks.run(on_meta, str(tmp_path)):
+        assert result["logits"] <= BOUND and result["held"] == result["needed"] and result["saved"], result
+        assert result["architecture"] == ["MixtralForCausalLM"]
+
+
+def test_ddp_checkpointing_and_growing_batches(hf_ranks: RankPool) -> None:
+    for result in hf_ranks.run(trained):
+        assert result["gradients"][0] <= BOUND and result["clipped"][0] <= BOUND and result["norm"] <= BOUND, result
+        assert result["buffers"] == (1, 2)
+
+
+def test_odd_times(hf_ranks: RankPool) -> None:
+    results = hf_ranks.run(at_odd_times)
+    for result in results:
+        assert result["stops"] and result["few"] and result["no tokens"] and result["capacity"], result
+    assert len({result["length"] for result in results}) > 1, "one rank is done before the others"
+    assert results[0]["stall"] == (1, 2, 3)
+    assert re.search(r"layers\.0\.mlp\.experts \(MixtralExperts\).*parallelised already.*DTen", results[0]["DTensors"])
+
+
+def test_the_page_runs(hf_ranks: RankPool, tmp_path: Path) -> None:
+    assert hf_ranks.run(page, str(tmp_path)) == [5] * 4
+
+
+def test_the_example_runs(hf_ranks: RankPool) -> None:
+    results = hf_ranks.run(example, "--layers", "1", "--new-tokens", "4")
+    assert [status for status, _, _ in results] == [0] * 4
+    printed = results[0][1]
+    assert "MixtralForCausalLM: 8 experts in each of 1 layers on 4 rank(s)" in printed
+    assert len(re.findall(r"rank \d: \[\d+, \d+, \d+, \d+\]; experts 0\.20 of 0\.79 MB; logits within", printed)) == 4
+    for family, message in (("Llama", "LlamaForCausalLM has no experts that can be spread"), ("Nobody", "Nobody")):
+        for status, _, complaint in hf_ranks.run(example, "--family", family, "--layers", "1"):
+            assert status == 2 and message in complaint

@@ -1,10 +1,9 @@
-"""Hugging Face models on four ranks: loaded by transformers with FSDP, bfloat16, on meta, saved, at odd times."""
+"""What four ranks do with Hugging Face models: loaded by transformers with FSDP, bfloat16, on meta, at odd times."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import io
 import os
 import re
@@ -18,7 +17,6 @@ import torch.distributed as dist
 
 import moecomm
 from moecomm.integrations.transformers import clip_grad_norm_, expert_parallel, register
-from moecomm.testing import RankPool, assert_error_bounded
 from tests.integrations._models import (
     averaged,
     build,
@@ -30,14 +28,7 @@ from tests.integrations._models import (
     worst_gradient,
 )
 
-pytestmark = [
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(
-        not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")),
-        reason="transformers and accelerate are not installed (pip install 'moecomm[hf]')",
-    ),
-]
-BOUND = 1e-5
+BOUND = 1e-5  # largest relative difference in float32
 EXPERTS = "model.layers.1.mlp.experts"
 
 # -- from_pretrained -------------------------------------------------------------------------------------------------
@@ -75,43 +66,22 @@ def loaded(rank: int, folder: str, family: str, sizes: dict[str, int], implement
     }
 
 
-@pytest.mark.parametrize(
-    ("family", "sizes", "implementation"),
-    [
-        ("olmoe", {"fsdp_size": 4, "ep_size": 4}, None),
-        ("gpt_oss", {"fsdp_size": 4, "ep_size": 2}, "eager"),  # two copies of each expert, halved by FSDP
-        ("qwen3_moe", {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}, "batched_mm"),
-    ],
-)
-def test_from_pretrained_just_works(
-    ranks: RankPool, tmp_path: Path, family: str, sizes: dict[str, int], implementation: str | None
-) -> None:
-    for result in ranks.run(loaded, str(tmp_path), family, sizes, implementation):
-        assert result["logits"] <= BOUND and result["gradients"] <= BOUND, result
-        assert result["generates"] and result["saved"], result
-        assert result["held"] == pytest.approx(0.25, rel=0.02)
-
-
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def in_bfloat16(rank: int, family: str) -> dict[str, Any]:
-    exact, baseline, model = (build(family, torch.bfloat16) for _ in range(3))
-    ids = tokens()
-    logits, grads = forward_backward(exact.float(), ids)
-    base_logits, base_grads = forward_backward(baseline, ids)
-    got_logits, got_grads = forward_backward(expert_parallel(model), ids)
+    """The same batch everywhere: what came out on rank 1 is compared."""
+    got_logits, got_grads = forward_backward(expert_parallel(build(family, torch.bfloat16)), tokens())
+    if rank != 1:
+        return {}
+    exact, baseline = (build(family, torch.bfloat16) for _ in range(2))
+    logits, grads = forward_backward(exact.float(), tokens())
+    base_logits, base_grads = forward_backward(baseline, tokens())
     names = [name for name in grads if ".experts." not in name]
     return {
         "logits": (got_logits, base_logits, logits.double()),
         **{name: (got_grads[name], base_grads[name], grads[name].double()) for name in names},
     }
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss"])
-def test_bfloat16_is_as_exact_as_unsharded(ranks: RankPool, family: str) -> None:
-    for name, (got, baseline, exact) in ranks.run(in_bfloat16, family)[1].items():
-        assert_error_bounded(got, baseline, exact, name)
 
 
 # -- how it is used --------------------------------------------------------------------------------------------------
@@ -144,12 +114,6 @@ def on_meta(rank: int, folder: str) -> dict[str, Any]:
         }
 
 
-def test_meta_and_save_pretrained(ranks: RankPool, tmp_path: Path) -> None:
-    for result in ranks.run(on_meta, str(tmp_path)):
-        assert result["logits"] <= BOUND and result["held"] == result["needed"] and result["saved"], result
-        assert result["architecture"] == ["MixtralForCausalLM"]
-
-
 def trained(rank: int) -> dict[str, Any]:
     """DDP around it, with checkpointing; then a larger batch, then the backward of the first; then clipping."""
     reference = build("qwen3_moe")
@@ -172,12 +136,6 @@ def trained(rank: int) -> dict[str, Any]:
     got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     grads = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     return results | {"clipped": worst_gradient(got, grads, rank), "norm": difference(norm, expected)}
-
-
-def test_ddp_checkpointing_and_growing_batches(ranks: RankPool) -> None:
-    for result in ranks.run(trained):
-        assert result["gradients"][0] <= BOUND and result["clipped"][0] <= BOUND and result["norm"] <= BOUND, result
-        assert result["buffers"] == (1, 2)
 
 
 def at_odd_times(rank: int) -> dict[str, Any]:
@@ -236,16 +194,8 @@ def refusal_of_dtensors() -> str:
     return str(refused.value)
 
 
-def test_odd_times(ranks: RankPool) -> None:
-    results = ranks.run(at_odd_times)
-    for result in results:
-        assert result["stops"] and result["few"] and result["no tokens"] and result["capacity"], result
-    assert len({result["length"] for result in results}) > 1, "one rank is done before the others"
-    assert results[0]["stall"] == (1, 2, 3)
-    assert re.search(r"layers\.0\.mlp\.experts \(MixtralExperts\).*parallelised already.*DTen", results[0]["DTensors"])
-
-
 # -- docs and example ------------------------------------------------------------------------------------------------
+
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -266,24 +216,9 @@ def page(rank: int, folder: str) -> int:
     return len(blocks)
 
 
-def test_the_page_runs(ranks: RankPool, tmp_path: Path) -> None:
-    assert ranks.run(page, str(tmp_path)) == [5] * 4
-
-
 def example(rank: int, *options: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     path = ROOT / "examples/hf_expert_parallel.py"
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = runpy.run_path(str(path))["main"](options)
     return status, out.getvalue(), err.getvalue()
-
-
-def test_the_example_runs(ranks: RankPool) -> None:
-    results = ranks.run(example, "--layers", "1", "--new-tokens", "4")
-    assert [status for status, _, _ in results] == [0] * 4
-    printed = results[0][1]
-    assert "MixtralForCausalLM: 8 experts in each of 1 layers on 4 rank(s)" in printed
-    assert len(re.findall(r"rank \d: \[\d+, \d+, \d+, \d+\]; experts 0\.20 of 0\.79 MB; logits within", printed)) == 4
-    for family, message in (("Llama", "LlamaForCausalLM has no experts that can be spread"), ("Nobody", "Nobody")):
-        for status, _, complaint in ranks.run(example, "--family", family, "--layers", "1"):
-            assert status == 2 and message in complaint
