@@ -30,7 +30,12 @@ import torch._C
 del torch._C._c10d_init
 import torch
 assert not torch.distributed.is_available()
+from moecomm import rows
 from moecomm.cli import main
+out = torch.empty(1, 2)
+rows.reduce_rows(out, torch.tensor([[1., 2.], [3., 4.]]), torch.tensor([[0, 1]]))
+assert out.tolist() == [[4., 6.]]
+assert rows.backend().startswith("torch (llvmlite is not usable: "), rows.backend()
 sys.exit(main(["info", "--json"]))
 """
 
@@ -56,6 +61,7 @@ def test_info_survives_broken_parts(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_info_survives_missing_parts() -> None:
+    """So do rows: without the compiler torch does the work and says so."""
     done = subprocess.run([sys.executable, "-c", CRIPPLED], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)

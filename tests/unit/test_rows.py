@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -370,34 +368,6 @@ def test_tensors_that_need_a_gradient_are_read_and_written(path: str) -> None:
     rows.reduce_rows(out, values, torch.arange(3)[:, None], torch.ones(3, requires_grad=True))
     assert_same_bits(out, values.detach() + 0.0)
     assert not out.requires_grad
-
-
-def run_python(code: str) -> str:
-    """Standard output of a fresh interpreter."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_import_does_not_load_the_compiler() -> None:
-    code = "import sys, moecomm.rows as r; print('llvmlite' in sys.modules, 'numba' in sys.modules); {}"
-    assert run_python(code.format("")).split() == ["False", "False"]
-    if rows.backend() == "llvmlite":
-        assert run_python(code.format("r.backend(); print('llvmlite' in sys.modules)")).split()[2] == "True"
-
-
-def test_without_the_compiler_torch_does_the_work_and_says_so() -> None:
-    code = """
-import sys
-sys.modules["llvmlite"] = None
-import torch
-from moecomm import rows
-out = torch.empty(1, 2)
-rows.reduce_rows(out, torch.tensor([[1., 2.], [3., 4.]]), torch.tensor([[0, 1]]))
-print(rows.backend(), out.tolist())
-"""
-    seen = run_python(code)
-    assert seen.startswith("torch (llvmlite is not usable: ") and seen.rstrip().endswith("[[4.0, 6.0]]")
 
 
 def test_both_paths_share_the_number_of_partial_sums() -> None:
