@@ -81,6 +81,8 @@ def play(rank: int, folder: str, finalize: bool, fn: Callable[..., Any], args: t
     os.environ.update(pickle.loads(letter), PMI_FD=str(pmi))
     from mpi4py import MPI
 
+    if finalize:
+        atexit.register(MPI.Finalize)  # what a library does when it is unloaded, which a forked rank does not come to
     try:
         return fn(MPI.COMM_WORLD, *args)
     finally:

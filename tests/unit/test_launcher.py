@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,19 @@ def pool() -> Iterator[RankPool]:
 
 @pytest.fixture
 def bare(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Warm processes of this test alone beside those with ranks; they start sooner, with what every rank needs."""
+    """Warm processes of this test alone beside those with ranks; they start sooner, with torch and nothing else."""
     kept = {key: warm for key, warm in _processes._all_warm.items() if warm.ranks}
     monkeypatch.setattr(_processes, "_OPTIONAL", ())
+    monkeypatch.setattr(_processes, "_python", functools.partial(without_loops, _processes._python))
     monkeypatch.setattr(_processes, "_all_warm", dict(kept))
     yield
     for key in _processes._all_warm.keys() - kept.keys():
         _processes._all_warm.pop(key).close()
+
+
+def without_loops(python: Callable[[str], list[str]], code: str) -> list[str]:
+    """The command line of a process that compiles no loops over rows, which no function here needs."""
+    return python(f"from moecomm.testing import _processes; _processes._train = lambda *_: None; {code}")
 
 
 def is_alive(pid: int) -> bool:
@@ -203,7 +210,11 @@ SCRIPT = """
 import os, signal, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
-from moecomm.testing import run_ranks
+from moecomm.testing import _processes, run_ranks
+
+python = _processes._python
+skip = "from moecomm.testing import _processes as p; p._train = lambda *_: None"  # compile no loops: none are run
+_processes._python = lambda code: python(f"{skip}; {code}")
 
 @dataclass
 class Note:
@@ -279,17 +290,22 @@ def test_every_environment_has_its_warm_process(pool: RankPool, bare: None, monk
     assert second[2] == "1" and second[0] not in (os.getpid(), first[0])
 
 
-def test_ranks_start_afresh_where_a_process_cannot_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_processes, "CAN_FORK", False)
-    with no_leaks():
-        rank, dead = run_ranks(origin_or_death, 2, "FLAVOUR", env={"FLAVOUR": "lime"}, expect_exit={1: -9})
-    assert dead is None
-    assert rank[0] == os.getpid() and rank[2] == "lime"
-
-
 def test_ranks_start_afresh_where_a_library_starts_threads(bare: None) -> None:
-    (rank,) = run_ranks(origin, 1, "OMP_NUM_THREADS", backend=None, env={"OMP_NUM_THREADS": "2"})
+    """Then no process can be forked from what has loaded it."""
+    env = {"OMP_NUM_THREADS": "2"}
+    with no_leaks():
+        rank, dead = run_ranks(origin_or_death, 2, "OMP_NUM_THREADS", env=env, expect_exit={1: -9})
+    assert dead is None
     assert rank[0] == os.getpid() and rank[2] == "2"
+
+
+def test_ranks_start_afresh_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No warm process is asked for one: what starts here ends at once."""
+    monkeypatch.setattr(_processes, "CAN_FORK", False)
+    monkeypatch.setattr(_processes, "_warm", None)
+    monkeypatch.setattr(_processes, "_python", lambda code: [sys.executable, "-S", "-c", f"exit({len(code)})"])
+    with pytest.raises(RankFailure, match=r"rank 0: ended with exit code \d+ without an answer"):
+        run_ranks(origin, 1, "FLAVOUR", backend=None)
 
 
 def test_wrong_arguments_are_refused() -> None:
