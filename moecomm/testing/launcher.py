@@ -63,8 +63,9 @@ def run_ranks(
 
     Each process has one thread for torch, the environment variables of torchrun, and a process group, if a backend is
     given. On Linux it is forked from one that has imported torch and stays for the next call. Every rank must return
-    and then end with exit code 0: its threads end and its `atexit` functions run, but a forked one tears no modules down. After the first failure, at the deadline, and when this process is interrupted, all
-    ranks are killed with everything they started.
+    and then end with exit code 0: its threads end and its `atexit` functions run, but a forked one tears no modules
+    down. After the first failure, at the deadline, and when this process is interrupted, all ranks are killed with
+    everything they started.
 
     Args:
         fn: defined at the top level of a module; arguments and result are pickled.
