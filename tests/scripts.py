@@ -1,11 +1,17 @@
-"""Scripts and modules on ranks that are forked: what torchrun would start, without a start of Python for each."""
+"""Scripts and modules on ranks that are forked: what torchrun would start, without a start of Python for each.
+
+Or really started by torchrun, which is forked itself.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import runpy
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,3 +47,33 @@ def as_main(rank: int, program: str, options: tuple[str, ...]) -> tuple[int, str
         except SystemExit as end:
             code = end.code
     return code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue()
+
+
+def run_torchrun(script: str | Path, *options: str, ranks: int = 2, folder: str | Path = ".") -> Done:
+    """Have torchrun start a script: its ranks are new interpreters; torchrun itself is forked, not started."""
+    words = ["--standalone", f"--nproc-per-node={ranks}", str(script), *options]
+    ((code, out, err),) = run_ranks(as_torchrun, 1, words, str(folder), backend=None, timeout_s=200.0)
+    return Done(code, out, err)
+
+
+def as_torchrun(rank: int, words: list[str], folder: str) -> tuple[int, str, str]:
+    """What the command `torchrun` does, in a process that is none of its ranks."""
+    from torch.distributed.run import main
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+        del os.environ[name]
+    os.chdir(folder)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        code = 0
+        try:
+            main(words)
+        except BaseException:  # as it would end the command
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        out.seek(0)
+        err.seek(0)
+        return code, out.read(), err.read()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from bench.baseline import baseline_combine, baseline_dispatch
 from bench.record import Measurement, example, percentiles, read, write
 from bench.report import insert, table
 from bench.traffic import traffic
-from tests.scripts import run_forked
+from tests.scripts import run_forked, run_torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,10 +133,7 @@ def test_a_rank_that_dies_leaves_the_finished_cases_and_a_sentence(tmp_path: Pat
     script = tmp_path / "bench_dispatch_combine.py"
     script.write_text(DIES)
     small = ["--preset", "tiny", "--tokens", "4,8,16", "--repeats", "1", "--warmup", "0", "--out", str(out)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(script), *small]  # really by torchrun: it ends the ranks that are left
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    done = run_torchrun(script, *small)  # it ends the ranks that are left
     assert done.returncode != 0
     assert re.search(r"bench_dispatch_combine\.py: error: rank 0: .*lost|gone|ended|told to end", done.stderr), (
         done.stderr

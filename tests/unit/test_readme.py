@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts import run_torchrun
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
-def test_the_example_runs(launcher: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_the_example_runs(launcher: str, tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     script = tmp_path / "layer.py"
     script.write_text(example + "\nassert y.shape == x.shape and x.grad.abs().sum() > 0 and w.grad is not None\n")
-    command = [sys.executable, *launcher, str(script)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    if launcher == "torchrun":
+        done = run_torchrun(script, folder=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
+    result = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
