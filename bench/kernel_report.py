@@ -61,7 +61,9 @@ def collect(shapes: list[str] | None = None, targets: list[str] | None = None, w
 
 
 def collect_jobs(jobs: list[tuple[str, str]], workers: int | None = None) -> Any:
-    """Records of all kernels at pairs of shape and target."""
+    """Records of all kernels at pairs of shape and target; with one worker, by this process."""
+    if workers == 1:
+        return [record for job in jobs for record in compile_all(job)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or min(len(jobs), os.cpu_count() or 1), mp_context=spawn) as pool:
         return [record for records in pool.map(compile_all, jobs) for record in records]
@@ -135,15 +137,15 @@ def page(records: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    """Compile, then write the page or the records."""
+def main(arguments: list[str] | None = None) -> None:
+    """Compile, then write the page or the records; arguments: those of the command line unless told."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, help="write JSON records here instead of the page")
     parser.add_argument("--shapes", nargs="*", help="names of shapes; default: all")
     parser.add_argument("--targets", nargs="*", help="names of targets; default: all")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
     parser.add_argument("--quick", action="store_true", help="each target at two shapes only")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if "TRITON_INTERPRET" in os.environ:
         sys.exit("TRITON_INTERPRET is set: the interpreter compiles nothing")
     if given.quick:
