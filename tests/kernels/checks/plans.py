@@ -81,7 +81,7 @@ def _described(value: Any) -> Any:
     if kind is float:
         return kind, value.hex()
     if isinstance(value, core.dtype):
-        return id(value)
+        return core.dtype, id(value)
     if kind is core.constexpr:
         parts = [value.value]
     elif kind is slice:
