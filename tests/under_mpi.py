@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import pickle
 import shutil
@@ -45,14 +46,14 @@ def run_under_mpi(
     MPI ends as usual where all ranks live. Where some are expected to die the others end without it.
     """
     finalize = not expect_exit
-    with lenders(num_ranks, timeout_s) as folder:
+    with lenders(num_ranks, timeout_s, finalize) as folder:
         return run_ranks(
             play, num_ranks, folder, finalize, fn, args, backend=None, timeout_s=timeout_s, expect_exit=expect_exit
         )
 
 
 @contextlib.contextmanager
-def lenders(num_ranks: int, timeout_s: float) -> Iterator[str]:
+def lenders(num_ranks: int, timeout_s: float, finalize: bool) -> Iterator[str]:
     """Have mpiexec start what lends; nothing of it stays, nor what MPICH leaves where ranks did not end as usual."""
     mpiexec = mpi.mpiexec_path()
     assert mpiexec is not None, mpi.mpi_missing()
@@ -66,6 +67,7 @@ def lenders(num_ranks: int, timeout_s: float) -> Iterator[str]:
         finally:
             shutil.rmtree(folder)
             job.wait(_START_S)
+    assert not (finalize and job.returncode), f"mpiexec ended with {job.returncode}: a rank has not left MPI"
 
 
 def play(rank: int, folder: str, finalize: bool, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -82,9 +84,19 @@ def play(rank: int, folder: str, finalize: bool, fn: Callable[..., Any], args: t
     from mpi4py import MPI
 
     if finalize:
-        atexit.register(MPI.Finalize)  # what a library does when it is unloaded, which a forked rank does not come to
+        atexit.register(leave_mpi)
     try:
         return fn(MPI.COMM_WORLD, *args)
     finally:
         if not finalize:
             atexit.register(os._exit, 0)
+
+
+def leave_mpi() -> None:
+    """What ends MPI where an interpreter ends: mpi4py, and the exit handlers of C, in which MPICH leaves its job."""
+    from mpi4py import MPI
+
+    MPI.Finalize()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ctypes.CDLL(None).exit(0)
