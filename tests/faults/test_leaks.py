@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import moecomm
 from moecomm.testing import RankFailure, _worker, no_leaks, run_ranks
-from tests.faults._holdings import Holdings, belongings, more, resident_bytes, settled
+from tests.faults._holdings import Holdings, belongings, resident_bytes, settled
 from tests.faults._ranks import Nursery, World, results_of
 from tests.faults._scenes import TRANSPORTS, E, H, K, M, build, catch, right_step, tokens_of
 
@@ -234,7 +234,7 @@ def fail_to_build(world: World) -> dict[str, Any]:
             assert isinstance(error, (moecomm.StallError, moecomm.PeerLostError)) and 1 in error.peers, error
         names.append(name)
         world.meet(f"failed {name}")
-    return {"more": more(before, belongings()), "names": names}
+    return {"more": settled(before), "names": names}
 
 
 def test_constructors_that_fail_leave_nothing(nursery: Nursery) -> None:
