@@ -1,4 +1,4 @@
-"""What all tests share: long files come first, GPU tests are skipped, with a reason, where there is no GPU."""
+"""What all tests share: long files come first, and GPU tests are skipped, with a reason, where there is no GPU."""
 
 from __future__ import annotations
 

@@ -44,17 +44,13 @@ def _inputs(case: Case, world_size: int, round: int) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=64)  # the same for each way to reduce, and for layouts "expert" and "padded" without align
-def sheet_of(case: Case, world_size: int, layout: str, align: int, round: int) -> Sheet:
-    """A round of a case."""
-    inputs = _inputs(case, world_size, round)
-    expected = reference.dispatch(**inputs, placement=case.placement(world_size), layout=layout, align=align)
-    return Sheet(**inputs, expected=expected)
-
-
-@functools.lru_cache(maxsize=64)
-def replayed_sheet(case: Case, world_size: int, layout: str, align: int, round: int) -> Sheet:
-    """The same routing with the payload of another round: the same rows at the same places."""
+@functools.lru_cache(maxsize=128)  # the same for each way to reduce, and for "expert" and "padded" without align
+def sheet_of(case: Case, world_size: int, layout: str, align: int, round: int, replayed: bool = False) -> Sheet:
+    """A round of a case; replayed: with the payload of another round, so other rows at the same places."""
+    if not replayed:
+        inputs = _inputs(case, world_size, round)
+        expected = reference.dispatch(**inputs, placement=case.placement(world_size), layout=layout, align=align)
+        return Sheet(**inputs, expected=expected)
     sheet = sheet_of(case, world_size, layout, align, round)
     numbers = enumerate(sheet.xs)
     xs = [provenance_rows(r, len(x), case.hidden, case.dtype, round + _REPLAY_ROUND) for r, x in numbers]
@@ -138,8 +134,7 @@ def expected_sum(of: Sum) -> Tensor:
 @functools.lru_cache(maxsize=64)  # the same on each transport
 def quantised(case: Case, world_size: int, rank: int, round: int, replayed: bool, spec: QuantSpec) -> list[Tensor]:
     """Codes and scales of the rows that a rank receives without padding."""
-    make = replayed_sheet if replayed else sheet_of
-    return list(quantize(make(case, world_size, "expert", 1, round).expected[rank].x, spec))
+    return list(quantize(sheet_of(case, world_size, "expert", 1, round, replayed).expected[rank].x, spec))
 
 
 def expert_fn(rows: Tensor, expert: int) -> Tensor:

@@ -260,9 +260,9 @@ def _warm_up(modules: list[str]) -> None:
     for name in ("torch.distributed", "moecomm.testing._worker", *modules):
         importlib.import_module(name)
     torch.set_num_threads(1)
+    share()
     if torch.version.cuda is not None or torch.version.hip is not None:
         return
-    share()
     if "triton" in modules and importlib.import_module("triton").knobs.runtime.interpret:
         _train(torch.bfloat16, "local")
         return

@@ -22,7 +22,6 @@ from moecomm.testing._oracle import (
     expert_fn,
     gradients_in_one_process,
     leaf,
-    replayed_sheet,
     rows_at,
     sheet_of,
     values,
@@ -105,8 +104,7 @@ class Trial:
     def sheet(self, round: int, replayed: bool = False) -> Sheet:
         """Inputs and expected outputs of a round, with its own payload or with that of a replay."""
         layout = "expert" if self.layout == "padded" else self.layout  # the same rows, at other places
-        make = replayed_sheet if replayed else sheet_of
-        return make(self.case, self.world_size, layout, self.align, round)
+        return sheet_of(self.case, self.world_size, layout, self.align, round, replayed)
 
     def dispatch(self, round: int) -> Sent:
         sheet = self.sheet(round)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 
@@ -29,9 +30,8 @@ def ranks() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def hf_ranks() -> Iterator[RankPool]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_processes, "_OPTIONAL", ("pytest",))  # what else others need is not imported here
-        pool = RankPool(4, timeout_s=_TIMEOUT_S, preload=_modules())
-        pool.__enter__()
-    with pool:
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_processes, "_OPTIONAL", ("pytest",))  # what else others need is not imported here
+            pool = stack.enter_context(RankPool(4, timeout_s=_TIMEOUT_S, preload=_modules()))
         yield pool

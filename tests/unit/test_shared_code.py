@@ -12,9 +12,10 @@ from unittest import mock
 import pytest
 
 from moecomm.shared_code import SharedCode
-from moecomm.testing import RankPool, run_ranks
+from moecomm.testing import RankPool, _processes, run_ranks
 
 pytest.importorskip("llvmlite", reason="llvmlite is not installed")
+forked = pytest.mark.skipif(not _processes.CAN_FORK, reason="ranks are not forked here")
 
 
 def compile_together(rank: int, name: str, victim: int, mark: str) -> tuple[int, bytes]:
@@ -41,6 +42,7 @@ def compile_together(rank: int, name: str, victim: int, mark: str) -> tuple[int,
     return len(compiled), codes.pop()
 
 
+@forked
 def test_ranks_compile_a_loop_once_between_them() -> None:
     name = f"seven_{uuid.uuid4().hex}"
     results = []
@@ -51,6 +53,7 @@ def test_ranks_compile_a_loop_once_between_them() -> None:
     assert len({code for _, code in results}) == 1
 
 
+@forked
 def test_a_rank_that_is_killed_while_it_compiles_holds_up_nobody(tmp_path: Path) -> None:
     name = f"seven_{uuid.uuid4().hex}"
     _, (times, _) = run_ranks(compile_together, 2, name, 0, str(tmp_path / "mark"), expect_exit={0: -9})

@@ -165,23 +165,19 @@ class _Notes:
             result = member(*arguments)
         finally:
             self.building = False
-        if not isinstance(result, interpreter.TensorHandle) and name.startswith(
-            "get_"
-        ):  # types and the like: nothing happens
+        gives_numbers = isinstance(result, interpreter.TensorHandle)
+        if not gives_numbers and name.startswith("get_"):  # types and the like: nothing happens
             return result
         places = [self.place(argument) for argument in arguments]
-        if (
-            isinstance(result, interpreter.TensorHandle)
-            and not any(part in name for part in _LIVE)
-            and all(p[0] == 1 for p in places)
-        ):
+        is_constant = not any(part in name for part in _LIVE) and all(kind == 1 for kind, _ in places)
+        if gives_numbers and is_constant:
             result.data.flags.writeable = False
             self.constants.append(result)
             return self.known(result, (1, len(self.constants) - 1))
         self.calls.append((name, places))
-        self.complete &= result is None or isinstance(result, interpreter.TensorHandle)
+        self.complete &= result is None or gives_numbers
         at = 2, len(self.calls) - 1
-        return self.known(_Watched(result, self), at) if isinstance(result, interpreter.TensorHandle) else result
+        return self.known(_Watched(result, self), at) if gives_numbers else result
 
     def plan(self, place: _Place | None, type: Any) -> Any:
         """What was noted, if that was all, as a function of the handles of the operands."""
